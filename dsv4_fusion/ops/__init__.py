@@ -1,0 +1,5 @@
+"""The operators, for direct calls; importing this registers them under ``torch.ops.dsv4``."""
+
+from .hyper_connection import hc_head, hc_post, hc_post_head, hc_post_pre, hc_pre
+
+__all__ = ["hc_head", "hc_post", "hc_post_head", "hc_post_pre", "hc_pre"]
