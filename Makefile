@@ -1,0 +1,63 @@
+# Each target works on a fresh clone: the first makes a virtual environment, the next ones use it again.
+
+PYTHON ?= python3# makes the environment; if it can import torch >= 2.11, that torch is used as it is
+VENV   ?= .venv
+TORCH  ?=#           what else to install, in pip's words; empty: see tools/venv.sh
+ARGS   ?=#           passed on to pytest, the demo or the benchmark
+
+RUN := $(VENV)/bin/python
+OLD_TRANSFORMERS := 5.17.0# the oldest supported; its tests run beside those of the newest
+HF_TESTS := $(wildcard tests/test_model_hf.py)
+
+.PHONY: help demo test test-old-transformers bench lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    compile a small DeepSeek-V4, print what was fused and how far it is from eager"
+	@echo "make test    run the tests; those that need a GPU are skipped without one"
+	@echo "make bench   time the operators; needs an NVIDIA GPU"
+	@echo "make lint    ruff check and ruff format --check"
+	@echo "make clean   remove the virtual environment"
+	@echo
+	@echo "make test-old-transformers   the Hugging Face tests with transformers $(OLD_TRANSFORMERS)"
+	@echo
+	@echo "PYTHON=python3.12 chooses the interpreter, TORCH='torch==2.11.0' the torch to install if it has none,"
+	@echo "ARGS='-k hc_pre' is passed on. Changing PYTHON or TORCH needs 'make clean' first."
+
+demo: $(VENV)/.ready
+	@echo "==> examples/demo.py"
+	@$(RUN) examples/demo.py $(ARGS)
+
+test: $(VENV)/.ready
+	@echo "==> pytest"
+	@$(RUN) -m pytest $(ARGS)
+
+test-old-transformers: $(VENV)/transformers-$(OLD_TRANSFORMERS)
+	@echo "==> pytest with transformers $(OLD_TRANSFORMERS): $(HF_TESTS)"
+	@PYTHONPATH=$< $(RUN) -c 'import transformers as t; assert t.__version__ == "$(OLD_TRANSFORMERS)", t.__version__'
+	@$(if $(HF_TESTS),PYTHONPATH=$< $(RUN) -m pytest $(HF_TESTS) $(ARGS),echo "there are none")
+
+bench: $(VENV)/.ready
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none"; exit 1; }
+	@echo "==> benchmarks/hyper_connection.py"
+	@$(RUN) benchmarks/hyper_connection.py $(ARGS)
+	@echo "==> the tables of README.md"
+	@$(RUN) benchmarks/render.py
+
+lint: $(VENV)/.ready
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.ready: pyproject.toml tools/venv.sh
+	@PYTHON='$(strip $(PYTHON))' VENV='$(strip $(VENV))' TORCH='$(strip $(TORCH))' bash tools/venv.sh
+	@touch $@
+
+# In a folder of its own, with what it depends on: it needs an older huggingface_hub than the newest does.
+$(VENV)/transformers-$(OLD_TRANSFORMERS): $(VENV)/.ready
+	@echo "==> transformers $(OLD_TRANSFORMERS)"
+	@rm -rf $@
+	@$(RUN) -m pip install -qq --target $@ transformers==$(OLD_TRANSFORMERS)
+	@touch $@
