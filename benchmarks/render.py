@@ -1,0 +1,191 @@
+"""Writes the tables of README.md from the measurements under benchmarks/results/<gpu>/*.json.
+
+    python benchmarks/render.py            write them
+    python benchmarks/render.py --check    exit 1 if they are out of date
+    python benchmarks/render.py --plot     draw benchmarks/results/<gpu>/<work>.png, time over T (needs matplotlib)
+
+A table stands between ``<!-- table: WORK KEY=VALUE … -->`` and ``<!-- end -->``. A key is a parameter of the rows
+(``D=4096``, ``timer=graph``; ``gpu`` is the folder's name), or one of
+
+    rows=impl      the parameter down the side
+    columns=T      the parameter across the top
+    values=us      what the cells show; several (``values=us,kernels,peak_gib``) take the place of the columns
+    unit=us        us or ms, for times
+
+Of two measurements of the same thing the newer file's counts. A table in which two measurements that differ in some
+other parameter compete for a cell is an error, which names that parameter. The JSON format is in CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+TABLE = re.compile(r"(<!-- table: (?P<spec>[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MEASURED = {"us", "kernels", "peak_gib", "compile_s"}  # every other key of a row says what was measured
+FILE_KEYS = {"gpu", "date", "commit", "versions", "rows"}
+FIRST, LAST = ["eager", "inductor"], ["ours", "floor"]  # the order of impl; the peers come between, by name
+TITLES = {"us": "{unit}", "peak_gib": "peak GiB", "compile_s": "compile s"}
+UNITS = {"us": ("µs", 1.0), "ms": ("ms", 1e-3)}
+
+Row = dict[str, Any]
+
+
+def load(results: Path) -> list[Row]:
+    """The newest row of everything measured; each with its file's gpu folder and, under "file", the file's head."""
+    files = []
+    for path in results.glob("*/*.json"):
+        content = json.loads(path.read_text())
+        if missing := FILE_KEYS - content.keys():
+            raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
+        files.append((content["date"], path.name, path.parent.name, content))
+    newest = {}
+    for *_, folder, content in sorted(files, key=lambda file: file[:2]):
+        for number, row in enumerate(content["rows"]):
+            if missing := {"work", "impl"} - row.keys():
+                raise ValueError(f"a row (number {number}) of {content['date']} lacks {', '.join(sorted(missing))}")
+            row = {**row, "gpu": folder}
+            newest[tuple(sorted((k, str(v)) for k, v in row.items() if k not in MEASURED))] = {**row, "file": content}
+    return list(newest.values())
+
+
+def number(value: float) -> str:
+    """Three digits: 1.23, 12.3, 123, 1,234."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
+
+
+def order(values: set[Any]) -> list[Any]:
+    def key(value: Any) -> tuple:
+        if isinstance(value, str):
+            place = FIRST.index(value) if value in FIRST else 100 + LAST.index(value) if value in LAST else 50
+            return 1, place, value
+        return 0, value, ""
+
+    return sorted(values, key=key)
+
+
+def table(spec: str, rows: list[Row]) -> str:
+    """The Markdown table that a marker asks for, with the line that says where its numbers come from."""
+    work, *settings = spec.split()
+    wanted = dict(setting.split("=", 1) for setting in settings)
+    side, top = wanted.pop("rows", "impl"), wanted.pop("columns", "T")
+    values = wanted.pop("values", "us").split(",")
+    unit, factor = UNITS[wanted.pop("unit", "us")]
+
+    rows = [
+        row
+        for row in rows
+        if row["work"] == work and side in row and all(str(row.get(k)) == v for k, v in wanted.items())
+    ]
+    if len(values) == 1:
+        rows = [row for row in rows if top in row and values[0] in row]
+    if not rows:
+        return "Not measured yet.\n"
+
+    cells: dict[tuple, tuple[Row, float]] = {}
+    for row in rows:
+        for value in values:
+            if value not in row:
+                continue
+            place = row[side], row[top] if len(values) == 1 else value
+            if place in cells:
+                other = cells[place][0]
+                keys = {k for k in row.keys() | other.keys() if row.get(k) != other.get(k)} - MEASURED - {"file"}
+                raise ValueError(f"table: {spec}: two measurements for {place}; fix {' or '.join(sorted(keys))}")
+            cells[place] = row, row[value] * factor if value == "us" else row[value]
+
+    def title(value: Any) -> str:
+        return TITLES.get(value, str(value)).format(unit=unit) if len(values) > 1 else str(value)
+
+    columns = values if len(values) > 1 else order({place[1] for place in cells})
+    corner = side if len(values) > 1 else f"{unit} at {top} =" if values == ["us"] else f"{values[0]} at {top} ="
+    lines = [
+        " | ".join(["", corner, *map(title, columns), ""]).strip(),
+        "|".join(["", "---", *["---:"] * len(columns), ""]),
+    ]
+    for label in order({place[0] for place in cells}):
+        line = [number(cells[label, column][1]) if (label, column) in cells else "–" for column in columns]
+        lines.append(" | ".join(["", str(label), *line, ""]).strip())
+    return "\n".join([*lines, "", *sources(row for row, _ in cells.values())]) + "\n"
+
+
+def sources(rows: Any) -> list[str]:
+    """One line for each file the rows come from."""
+    files = {id(row["file"]): row["file"] for row in rows}
+    lines = []
+    for file in sorted(files.values(), key=lambda file: file["date"]):
+        versions = ", ".join(f"{name} {version}" for name, version in file["versions"].items())
+        lines.append(f"<sub>{file['gpu']} · {versions} · {file['date']} · commit {file['commit'][:10]}</sub>")
+    return list(dict.fromkeys(lines))
+
+
+def render(text: str, rows: list[Row]) -> str:
+    """``text`` with every table in it written anew."""
+    if text.count("<!-- table:") != len(TABLE.findall(text)):
+        raise ValueError("a <!-- table: … --> has no <!-- end -->, or is not alone on its line")
+    return TABLE.sub(lambda match: f"{match[1]}\n{table(match['spec'], rows)}\n{match[3]}", text)
+
+
+def plot(rows: list[Row], results: Path) -> list[Path]:
+    """One picture per GPU and work: time over T, a panel for each set of the other parameters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    written = []
+    timed = [row for row in rows if "T" in row and "us" in row and row["T"] > 0]
+    for gpu, work in sorted({(row["gpu"], row["work"]) for row in timed}):
+        panels: dict[str, dict[str, list]] = {}
+        for row in timed:
+            if (row["gpu"], row["work"]) == (gpu, work):
+                fixed = row.keys() - MEASURED - {"file", "gpu", "work", "impl", "T"}
+                panel = panels.setdefault(", ".join(f"{key}={row[key]}" for key in sorted(fixed)), {})
+                panel.setdefault(row["impl"], []).append((row["T"], row["us"]))
+        figure, axes = pyplot.subplots(
+            1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained"
+        )
+        for axis, (name, lines) in zip(axes[0], sorted(panels.items()), strict=True):
+            for impl in order(set(lines)):
+                style = {"color": "black", "linestyle": "--"} if impl == "floor" else {"marker": "."}
+                axis.plot(*zip(*sorted(lines[impl]), strict=True), label=impl, **style)
+            axis.set(xscale="log", yscale="log", xlabel="T (tokens)", ylabel="µs", title=name)
+            axis.grid(alpha=0.3)
+            axis.legend()
+        figure.suptitle(f"{work}, {gpu}")
+        written.append(results / gpu / f"{work}.png")
+        figure.savefig(written[-1], dpi=100)
+        pyplot.close(figure)
+    return written
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Writes the tables of README.md from benchmarks/results.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is out of date")
+    parser.add_argument("--plot", action="store_true", help="draw one picture per work as well")
+    options = parser.parse_args(arguments)
+    rows = load(RESULTS)
+    before = README.read_text()
+    after = render(before, rows)
+    if options.check:
+        if after != before:
+            print("README.md is out of date: run python benchmarks/render.py")
+        return int(after != before)
+    README.write_text(after)
+    if options.plot:
+        print(*plot(rows, RESULTS), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
