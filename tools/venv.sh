@@ -26,7 +26,7 @@ has_torch() {
 }
 has_gpu() { nvidia-smi -L >/dev/null 2>&1; }
 pip_finds_cpu_build() {
-  "$venv_python" -m pip install -qq --dry-run --no-deps --report - "torch==$release" | grep -q '"version": ".*+cpu"'
+  "$venv_python" -m pip install -qq --dry-run --no-deps --report - "torch==$release" | grep '"version": ".*+cpu"' >/dev/null
 }
 
 make_venv() {
