@@ -1,0 +1,275 @@
+"""The one graph pass that Inductor runs: find every site, rewrite it, report it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..options import FusionOptions
+from ..report import NearMiss, Report, Site
+from . import hyper_connection
+from ._pattern import NEAR, Computation, Failure, Fusion, Match, cut, find
+
+logger = logging.getLogger("dsv4_fusion")
+
+COMPUTATIONS: tuple[Computation, ...] = (*hyper_connection.COMPUTATIONS,)
+_APART = 8  # how many nodes back a joined fusion's other part is looked for
+
+
+class FusionError(RuntimeError):
+    """``strict`` was asked for, and a graph has too few fused sites."""
+
+
+class FusionPass(CustomGraphPass):
+    """Rewrites an inference graph to the ``dsv4`` operators.
+
+    Args:
+        options: what to do.
+        on_report: called with the report of every graph.
+        before: the user's own ``joint_custom_pre_pass``, run first; or None.
+        rewrite: True rewrites on every device, None on CUDA, and on the CPU if ``options.reference``.
+    """
+
+    def __init__(
+        self,
+        options: FusionOptions,
+        on_report: Callable[[Report], None],
+        before: Any = None,
+        rewrite: bool | None = None,
+    ) -> None:
+        self.options = options
+        self.on_report = on_report
+        self.before = before
+        self.rewrite = rewrite
+
+    def __call__(self, graph: Graph) -> None:
+        if self.before is not None:
+            self.before(graph)
+        report = Report(nodes_before=len(graph.nodes), graphs=1)
+        if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
+            report.notes.append("a training graph was left alone: the operators have no backward; use torch.no_grad()")
+        else:
+            self.fuse(graph, report)
+        report.nodes_after = len(graph.nodes)
+        self.on_report(report)
+        wanted = int(self.options.strict)
+        if len(report.sites) < wanted:
+            raise FusionError(f"strict: {wanted} fused sites wanted in this graph, found {len(report.sites)}\n{report}")
+
+    def uuid(self) -> Any:
+        """Inductor's cache key: sources, versions, options, and the user's own pass."""
+        before = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
+        if self.before is not None and before is None:
+            return None  # no key for the user's pass: Inductor then does not cache
+        return (_source_hash(), _versions(), repr(self.options), self.rewrite, before)
+
+    def fuse(self, graph: Graph, report: Report) -> None:
+        claimed: set[Node] = set()
+        failures: list[Failure] = []
+        joints = _Joints()
+        for computation in COMPUTATIONS:
+            for anchor in graph.find_nodes(op="call_function", target=computation.anchor):
+                if anchor in claimed or "val" not in anchor.meta:
+                    continue
+                result = self.first_match(computation, anchor, claimed)
+                if isinstance(result, Failure):
+                    failures.append(result)
+                if not isinstance(result, tuple):
+                    continue
+                match, replacement = result
+                rewrite = self.rewrites(anchor)
+                path, name = _module_path(anchor), match.fusion.name
+                report.sites.append(Site(path, name, f"dsv4::{name}", len(match.nodes), rewrite))
+                claimed |= match.nodes
+                joints.add(match, path, _replace(graph, match, replacement) if rewrite else match.outputs)
+        report.near_misses += _near_misses(failures, claimed) + joints.near_misses()
+        if report.sites and not all(site.rewritten for site in report.sites):
+            report.notes.append("on the CPU matches are left to Inductor; options={'reference': True} rewrites them")
+
+    def rewrites(self, anchor: Node) -> bool:
+        if self.rewrite is not None:
+            return self.rewrite
+        return anchor.meta["val"].device.type == "cuda" or self.options.reference
+
+    def first_match(
+        self, computation: Computation, anchor: Node, claimed: set[Node]
+    ) -> tuple[Match, Any] | Failure | None:
+        """The largest fusion that matches and whose operator takes it, or the nearest failure, or None: no site."""
+        nearest: Failure | None = None
+        for structure in computation.structures(anchor):
+            for fusion in computation.fusions:
+                result: Match | Failure = find(cut(computation, structure, fusion), anchor, claimed)
+                if isinstance(result, Match):
+                    replacement = _replacement(result, self.options.implementation)
+                    if not isinstance(replacement, str):
+                        return result, replacement
+                    result = Failure(fusion, result.nodes, 1.0, replacement, anchor)
+                if nearest is None or result.share >= nearest.share:
+                    nearest = result
+        return nearest
+
+
+def _replacement(match: Match, implementation: str | None) -> Any:
+    """The operator's call traced on the match's own inputs, or the reason why it cannot stand for the match."""
+    values = [node.meta["val"] for node in match.inputs]
+    fake_mode = next(value.fake_mode for value in values if hasattr(value, "fake_mode"))
+
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = match.fusion.replacement(*tensors, **match.scalars, **match.constants, implementation=implementation)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    try:
+        with torch.no_grad(), enable_python_dispatcher(), fake_mode:
+            graph = make_fx(call)(*values).graph
+    except ValueError as error:  # the operator's own check
+        return str(error)
+    for name, old, new in zip(match.fusion.outputs, match.outputs, graph.output_node().args[0], strict=True):
+        got, expected = new.meta["val"], old.meta["val"]
+        if got.dtype != expected.dtype:
+            return f"{name} is {expected.dtype} in the graph, the operator returns {got.dtype}"
+        if not _same_layout(got, expected):
+            return (
+                f"{name} has shape {list(expected.shape)} and stride {list(expected.stride())} in the graph, "
+                f"the operator returns {list(got.shape)} and {list(got.stride())}"
+            )
+    order = {node: index for index, node in enumerate(match.anchor.graph.nodes)}
+    outside = [user for output in match.outputs for user in output.users if user not in match.nodes]
+    if not outside:
+        return "none of its results is used"
+    first = min(outside, key=order.__getitem__)
+    late = next((node for node in match.inputs if order[node] > order[first]), None)
+    if late is not None:
+        return f"{late.name} is computed after {first.name} has used an output: one operator cannot do both"
+    return graph, first
+
+
+def _same_layout(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Same shape, and same strides where a dimension is longer than 1."""
+    if got.dim() != expected.dim():
+        return False
+    for size, want, stride, want_stride in zip(got.shape, expected.shape, got.stride(), expected.stride(), strict=True):
+        if not statically_known_true(size == want):
+            return False
+        if not statically_known_true(want == 1) and not statically_known_true(stride == want_stride):
+            return False
+    return True
+
+
+def _replace(graph: Graph, match: Match, replacement: tuple[Graph, Node]) -> list[Node]:
+    """Put the operator's call into the graph in place of the match; return the new outputs."""
+    call, before = replacement
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    origin = {key: match.anchor.meta[key] for key in ("nn_module_stack", "stack_trace") if key in match.anchor.meta}
+    copies = dict(zip(call.find_nodes(op="placeholder"), match.inputs, strict=True))
+    with graph.inserting_before(before):
+        for node in call.nodes:
+            if node.op == "call_function":
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+                copies[node].meta = {**origin, "val": node.meta["val"]} if "val" in node.meta else dict(origin)
+    outputs = [copies[node] for node in call.output_node().args[0]]
+    for old, new in zip(match.outputs, outputs, strict=True):
+        old.replace_all_uses_with(new)
+    for node in sorted(match.nodes, key=order.__getitem__, reverse=True):
+        graph.erase_node(node)
+    return outputs
+
+
+def _near_misses(failures: list[Failure], claimed: set[Node]) -> list[NearMiss]:
+    """The failures that hold most of a pattern, without those inside a nearer one."""
+    misses = []
+    covered = set(claimed)
+    for failure in sorted(failures, key=lambda failure: -len(failure.nodes)):
+        if failure.share >= NEAR and failure.anchor not in covered:
+            covered |= failure.nodes
+            misses.append(NearMiss(_module_path(failure.anchor), failure.fusion.name, failure.reason))
+    return misses
+
+
+class _Joints:
+    """Finds the parts of a joined fusion that matched apart, although one feeds the other."""
+
+    def __init__(self) -> None:
+        self.produced: dict[Node, str] = {}  # an output of a match: its fusion
+        self.renamed: dict[Node, Node] = {}  # an output in the old graph: in the new one
+        self.matches: list[tuple[Fusion, str, list[Node]]] = []
+
+    def add(self, match: Match, path: str, outputs: list[Node]) -> None:
+        self.produced.update((output, match.fusion.name) for output in outputs)
+        self.renamed.update((old, new) for old, new in zip(match.outputs, outputs, strict=True) if old is not new)
+        self.matches.append((match.fusion, path, match.inputs))
+
+    def near_misses(self) -> list[NearMiss]:
+        joined = {fusion.parts: fusion.name for fusion in _fusions() if fusion.parts}
+        misses = []
+        for fusion, path, inputs in self.matches:
+            for (first, second), name in joined.items():
+                if second == fusion.name and (between := self.between(inputs[0], first)) is not None:
+                    stands = f"between them stands {' and '.join(between)}" if between else "the joined pattern differs"
+                    misses.append(NearMiss(path, name, f"{first} and {second} were fused apart: {stands}"))
+        return misses
+
+    def between(self, node: Node, producer: str) -> list[str] | None:
+        """The nodes on the way back from ``node`` to an output of ``producer``; None if there is no way."""
+        paths = [(self.renamed.get(node, node), ())]
+        for _ in range(_APART):
+            further = []
+            for at, way in paths:
+                at = self.renamed.get(at, at)
+                if self.produced.get(at) == producer:
+                    return [f"{step.target} ({step.name})" for step in reversed(way)]
+                if at not in self.produced and at.op == "call_function":
+                    further += [(source, (*way, at)) for source in at.all_input_nodes]
+            paths = further
+        return None
+
+
+def _fusions() -> Iterator[Fusion]:
+    for computation in COMPUTATIONS:
+        yield from computation.fusions
+
+
+def _module_path(node: Node) -> str:
+    """``L['self'].model.layers[0]`` and its relatives as ``model.layers.0``."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"\._modules\['(.+?)'\]", r".\1", path)
+    path = re.sub(r"\[['\"]?(.+?)['\"]?\]", r".\1", path)
+    return re.sub(r"^L\.\w+\.?", "", path)
+
+
+@functools.cache
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    package = Path(__file__).parent.parent
+    for source in sorted(package.rglob("*.py")):
+        digest.update(str(source.relative_to(package)).encode())
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _versions() -> tuple[str, ...]:
+    """What the patterns and the kernels are made from."""
+    found = [torch.__version__]
+    for name in ("transformers", "triton", "tilelang", "nvidia-cutlass-dsl"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} -")
+    loaded = "transformers.models.deepseek_v4.modeling_deepseek_v4" in sys.modules
+    return (*found, f"searched {loaded}")

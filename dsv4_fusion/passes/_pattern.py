@@ -1,0 +1,378 @@
+"""Eager code traced into patterns, and the exact matching of a pattern in a graph.
+
+A :class:`Computation` is traced once per structure (stream count, dtype, iterations…) with the decompositions Inductor
+uses, on fake tensors whose free sizes are large primes. Every integer in the trace then says which sizes it stands
+for: 4084 is 4·D when D is 1021, while -1 or 24 is a literal. So one static trace, ten times cheaper than a symbolic
+one, matches static and dynamic graphs, and a dimension, a shape or a constant that differs is a mismatch. Inductor's
+own matcher has to ignore all integers to do that, and would take a sum over the wrong dimension of a square matrix.
+
+Fusions are cut from the trace: a :class:`Fusion` names the values where it begins and ends.
+
+Matching begins at the anchor, a target that is rare in the graph, and grows along arguments and users. It goes on after
+a mismatch, so that a site that holds most of the pattern can be reported with the first thing that differs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+SIZES = {"B": 1009, "S": 1013, "D": 1021}
+NEAR = 0.6  # a site that holds this share of a pattern's nodes is worth a word when it does not match
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One rewrite, cut from a computation.
+
+    Attributes:
+        name: the operator's name, also the name in reports.
+        inputs: the names of the values where the cut begins; the arguments of ``replacement``, in order.
+        outputs: the names of the values where it ends; what ``replacement`` returns, in order.
+        replacement: called with the inputs, the captured scalars, the structure's ``constants`` and
+            ``implementation`` as keywords; calls the operator.
+        parts: the fusions this one joins; when they match apart although one feeds the other, that is reported.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    replacement: Callable[..., Any]
+    parts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a computation's ``trace`` returns, to be run under a fake mode.
+
+    Attributes:
+        function: takes the tensors by name, returns a dict of named values.
+        tensors: the inputs, by name.
+        scalars: floats that are captured from the graph, by name; the values must be unique in the trace.
+        parameters: names of inputs that may have any floating dtype; the others must have the dtype they have here.
+        constants: integers that the structure fixes and the replacement needs.
+    """
+
+    function: Callable[..., Mapping[str, torch.Tensor]]
+    tensors: Mapping[str, torch.Tensor]
+    scalars: Mapping[str, float]
+    parameters: frozenset[str]
+    constants: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Computation:
+    """A piece of the model from which fusions are cut.
+
+    Attributes:
+        anchor: the operator that marks a possible site.
+        structures: yields the structures a site may have, likeliest first; nothing if the node is no site.
+        trace: from a structure to what is to be traced.
+        fusions: the cuts, largest first.
+    """
+
+    anchor: torch._ops.OpOverload
+    structures: Callable[[Node], Iterable[Hashable]]
+    trace: Callable[[Any], Trace]
+    fusions: tuple[Fusion, ...]
+
+
+@dataclass(frozen=True)
+class _Traced:
+    graph: Graph
+    values: dict[str, Node]
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class Pattern:
+    fusion: Fusion
+    nodes: tuple[Node, ...]  # in program order, without the inputs
+    inputs: dict[Node, str]
+    outputs: tuple[Node, ...]
+    anchor: Node
+    trace: Trace
+
+
+@dataclass
+class Match:
+    fusion: Fusion
+    nodes: set[Node]  # the graph's nodes the match covers
+    inputs: list[Node]
+    outputs: list[Node]
+    scalars: dict[str, float]
+    constants: Mapping[str, int]
+    anchor: Node
+
+
+@dataclass
+class Failure:
+    fusion: Fusion
+    nodes: set[Node]
+    share: float  # of the pattern's nodes found
+    reason: str
+    anchor: Node
+
+
+@functools.cache
+def _traced(trace: Callable[[Any], Trace], structure: Hashable) -> _Traced:
+    from torch._inductor.decomposition import select_decomp_table
+
+    with torch.no_grad(), enable_python_dispatcher(), FakeTensorMode(allow_non_fake_inputs=True):
+        told = trace(structure)
+        names: list[str] = []
+
+        def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            values = told.function(**dict(zip(told.tensors, tensors, strict=True)))
+            names.extend(values)
+            return tuple(values.values())
+
+        graph = make_fx(run, select_decomp_table())(*told.tensors.values()).graph
+    graph.eliminate_dead_code()
+    inputs = dict(zip(told.tensors, graph.find_nodes(op="placeholder"), strict=True))
+    outputs = dict(zip(names, graph.output_node().args[0], strict=True))
+    return _Traced(graph, inputs | outputs, told)
+
+
+@functools.cache
+def cut(computation: Computation, structure: Hashable, fusion: Fusion) -> Pattern:
+    """The pattern of ``fusion``: the nodes of the computation's trace between its inputs and its outputs."""
+    traced = _traced(computation.trace, structure)
+    inputs = {traced.values[name]: name for name in fusion.inputs}
+    outputs = tuple(traced.values[name] for name in fusion.outputs)
+    inside: set[Node] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node not in inputs and node not in inside:
+            inside.add(node)
+            stack.extend(node.all_input_nodes)
+    nodes = tuple(node for node in traced.graph.nodes if node in inside)
+    anchor = next(node for node in nodes if node.target is computation.anchor)
+    return Pattern(fusion, nodes, inputs, outputs, anchor, traced.trace)
+
+
+def find(pattern: Pattern, anchor: Node, claimed: set[Node]) -> Match | Failure:
+    """Match ``pattern`` at ``anchor``; nodes in ``claimed`` belong to another match already."""
+    return _Matcher(pattern, anchor, claimed).run()
+
+
+def _size(value: int) -> tuple[int, tuple[str, ...]]:
+    """An integer of a trace as (literal factor, names of the sizes it is a product of)."""
+    names = []
+    for name, prime in SIZES.items():
+        while value and value % prime == 0:
+            value //= prime
+            names.append(name)
+    return value, tuple(names)
+
+
+def _value(argument: Any) -> Any:
+    """An argument of a graph's node as a number, where it is one."""
+    return argument.meta.get("val", argument) if isinstance(argument, Node) else argument
+
+
+def _text(thing: Any) -> str:
+    if isinstance(thing, Node):
+        return f"{thing.target} ({thing.name})" if thing.op == "call_function" else f"{thing.op} {thing.name}"
+    return str(thing)
+
+
+class _Matcher:
+    def __init__(self, pattern: Pattern, anchor: Node, claimed: set[Node]) -> None:
+        self.pattern = pattern
+        self.anchor = anchor
+        self.claimed = claimed
+        self.order = {node: index for index, node in enumerate(pattern.nodes)}
+        self.found: dict[Node, Node] = {}  # of the pattern: of the graph
+        self.scalars: dict[str, float] = {}
+        self.sizes: list[tuple[Node, str, int, Any]] = []  # compared once the sizes are known from the inputs
+        self.failures: list[tuple[int, str]] = []
+        self.names = {value: name for name, value in pattern.trace.scalars.items()}
+
+    def run(self) -> Match | Failure:
+        self.bind(self.pattern.anchor, self.anchor)
+        while self.grow():
+            pass
+        covered = {self.found[node] for node in self.pattern.nodes if node in self.found}
+        share = sum(node in self.found for node in self.pattern.nodes) / len(self.pattern.nodes)
+        if not self.failures and share == 1:
+            self.check_inputs()
+            self.check_users(covered)
+        if self.failures or share < 1:
+            reason = min(self.failures, default=(0, "the pattern is not connected"))[1]
+            return Failure(self.pattern.fusion, covered, share, reason, self.anchor)
+        inputs = {name: self.found[node] for node, name in self.pattern.inputs.items()}
+        return Match(
+            self.pattern.fusion,
+            covered,
+            [inputs[name] for name in self.pattern.fusion.inputs],
+            [self.found[node] for node in self.pattern.outputs],
+            self.scalars,
+            self.pattern.trace.constants,
+            self.anchor,
+        )
+
+    def fail(self, expected: Node, reason: str) -> None:
+        self.failures.append((self.order.get(expected, -1), reason))
+
+    def bind(self, expected: Node, node: Any) -> None:
+        """``expected`` is ``node``: compare the two, then their arguments."""
+        stack = [(expected, node)]
+        while stack:
+            expected, node = stack.pop()
+            if expected in self.found:
+                if self.found[expected] is not node:
+                    self.fail(expected, f"expected {_text(self.found[expected])} again, found {_text(node)}")
+                continue
+            if not isinstance(node, Node):
+                self.fail(expected, f"expected {_text(expected)}, found the constant {node}")
+                continue
+            if expected in self.pattern.inputs:
+                self.found[expected] = node
+                continue
+            if node.op != "call_function" or node.target is not expected.target:
+                self.fail(expected, f"expected {expected.target}, found {_text(node)}")
+                continue
+            if node in self.claimed:
+                self.fail(expected, f"{_text(node)} belongs to another fusion already")
+                continue
+            self.found[expected] = node
+            stack.extend(self.arguments(expected, node))
+
+    def arguments(self, expected: Node, node: Node) -> list[tuple[Node, Any]]:
+        """Compare the constants of two nodes; return the pairs of arguments that are nodes in the pattern."""
+        pairs: list[tuple[Node, Any]] = []
+
+        def compare(want: Any, got: Any, where: str) -> None:
+            if isinstance(want, Node):
+                pairs.append((want, got))
+            elif isinstance(want, list | tuple) and isinstance(got, list | tuple):
+                if len(want) != len(got):
+                    self.fail(expected, f"{_text(node)}: {where} has {len(got)} items, expected {len(want)}")
+                for left, right in zip(want, got, strict=False):
+                    compare(left, right, where)
+            elif (reason := self.constant(expected, want, _value(got), where)) is not None:
+                self.fail(expected, f"{_text(node)}: {reason}")
+
+        compare(expected.args, node.args, "arguments")
+        for key in expected.kwargs.keys() | node.kwargs.keys():
+            compare(expected.kwargs.get(key), node.kwargs.get(key), key)
+        return pairs
+
+    def constant(self, expected: Node, want: Any, got: Any, where: str) -> str | None:
+        if isinstance(want, float) and want in self.names:
+            name = self.names[want]
+            if isinstance(got, bool) or not isinstance(got, int | float):
+                return f"{name} must be a number, found {got}"
+            if self.scalars.setdefault(name, float(got)) != float(got):
+                return f"{name} is {got} here and {self.scalars[name]} elsewhere"
+            return None
+        if isinstance(want, int) and not isinstance(want, bool) and _size(want)[1]:
+            self.sizes.append((expected, where, want, got))
+            return None
+        if isinstance(got, torch.device):  # one device for all inputs: the operator's own check
+            return None
+        return None if type(want) is type(got) and want == got else f"expected {want} among its {where}, found {got}"
+
+    def grow(self) -> bool:
+        """Bind nodes of the pattern that use a node already found; False when nothing was added."""
+        before = len(self.found)
+        for expected in self.pattern.nodes:
+            if expected in self.found or any(index == self.order[expected] for index, _ in self.failures):
+                continue
+            known = next(
+                (a for a in expected.all_input_nodes if a in self.found and a not in self.pattern.inputs), None
+            )
+            if known is None:
+                continue
+            users = [user for user in self.found[known].users if user.target is expected.target]
+            fitting = [user for user in users if self.fits(expected, user)]
+            if fitting:
+                self.bind(expected, fitting[0])
+            elif users:
+                self.bind(expected, users[0])  # records what differs
+            else:
+                got = ", ".join(_text(user) for user in self.found[known].users)
+                self.fail(
+                    expected, f"expected {expected.target} of {_text(self.found[known])}, found {got or 'no user'}"
+                )
+        return len(self.found) > before
+
+    def fits(self, expected: Node, node: Node) -> bool:
+        """Whether binding would find nothing wrong in this node and in its arguments that are found already."""
+        saved = self.failures, dict(self.scalars), list(self.sizes)
+        self.failures = []
+        pairs = self.arguments(expected, node)
+        fine = not self.failures and node not in self.claimed and node not in self.found.values()
+        self.failures, self.scalars, self.sizes = saved
+        return fine and all(
+            got is self.found[want]
+            if want in self.found
+            else want in self.pattern.inputs or (isinstance(got, Node) and got.target is want.target)
+            for want, got in pairs
+        )
+
+    def check_inputs(self) -> None:
+        """Shapes and dtypes of the inputs; binds the sizes, then compares every integer that names them."""
+        bound: dict[str, Any] = {}
+
+        def expected_size(value: int) -> Any:
+            factor, names = _size(value)
+            for name in names:
+                factor = factor * bound[name]
+            return factor
+
+        def shape(tensor: torch.Tensor) -> str:
+            return str(
+                [
+                    size
+                    if not _size(size)[1]
+                    else "·".join([*([str(_size(size)[0])] if _size(size)[0] != 1 else []), *_size(size)[1]])
+                    for size in tensor.shape
+                ]
+            )
+
+        for expected, name in self.pattern.inputs.items():
+            want, got = expected.meta["val"], self.found[expected].meta.get("val")
+            if not isinstance(got, torch.Tensor):
+                return self.fail(expected, f"{name} is no tensor: {_text(self.found[expected])}")
+            if name not in self.pattern.trace.parameters and got.dtype != want.dtype:
+                return self.fail(expected, f"{name} is {got.dtype}, expected {want.dtype}")
+            if not got.dtype.is_floating_point and want.dtype.is_floating_point:
+                return self.fail(expected, f"{name} is {got.dtype}, expected a floating dtype")
+            if got.dim() != want.dim():
+                return self.fail(expected, f"{name} has shape {list(got.shape)}, expected {shape(want)}")
+            for size, actual in zip(want.shape, got.shape, strict=True):
+                factor, names = _size(size)
+                if factor == 1 and len(names) == 1:
+                    bound.setdefault(names[0], actual)
+        for expected, name in self.pattern.inputs.items():
+            want, got = expected.meta["val"], self.found[expected].meta["val"]
+            for size, actual in zip(want.shape, got.shape, strict=True):
+                if not statically_known_true(expected_size(size) == actual):
+                    return self.fail(expected, f"{name} has shape {list(got.shape)}, expected {shape(want)}")
+        for expected, where, size, actual in self.sizes:
+            if isinstance(actual, Node) or not statically_known_true(expected_size(size) == actual):
+                node = self.found.get(expected)
+                return self.fail(
+                    expected, f"{_text(node)}: expected {expected_size(size)} among its {where}, found {actual}"
+                )
+        return None
+
+    def check_users(self, covered: set[Node]) -> None:
+        outputs = {self.found[node] for node in self.pattern.outputs}
+        for expected in self.pattern.nodes:
+            node = self.found[expected]
+            for user in node.users:
+                if node not in outputs and user not in covered:
+                    self.fail(expected, f"{_text(node)} is used outside the pattern too, by {_text(user)}")

@@ -1,0 +1,212 @@
+"""mHC: ``hc_pre``, ``hc_post`` and the head, apart and joined at the boundaries between sublayers.
+
+The search functions are Hugging Face's own ``forward`` methods, run on stand-ins for ``self``: nothing of the model is
+retyped, and the patterns follow the transformers version that is installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+from .. import ops
+from ._pattern import SIZES, Computation, Fusion, Trace
+
+aten = torch.ops.aten
+_MOST_STREAMS = 16
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SCALARS = {"rms_eps": 0.0713, "hc_eps": 0.0319, "norm_eps": 0.0537}
+_PARAMETERS = frozenset({"fn", "base", "scale", "norm_weight"})
+
+
+class Structure(NamedTuple):
+    """What a trace fixes: the streams' dtype, their number, the Sinkhorn iterations."""
+
+    dtype: torch.dtype
+    hc: int
+    sinkhorn_iters: int = 1
+
+
+def _modeling() -> ModuleType | None:
+    """Hugging Face's model, which the process that built one has imported already."""
+    return sys.modules.get("transformers.models.deepseek_v4.modeling_deepseek_v4")
+
+
+def _structures(hc: int, sinkhorn_iters: int = 1) -> Iterator[Structure]:
+    if _modeling() is not None:
+        for dtype in _DTYPES:
+            yield Structure(dtype, hc, sinkhorn_iters)
+
+
+# Sites: where a pattern may begin
+
+
+def _only_user(node: Node, target: Any) -> Node | None:
+    return next((user for user in node.users if user.target is target), None)
+
+
+def _sinkhorn_sites(node: Node) -> Iterator[Structure]:
+    """``node`` is the exponential of a softmax over small square matrices that a chain of sum, add, div follows."""
+    shape = node.meta["val"].shape
+    if len(shape) < 3 or not isinstance(shape[-1], int) or shape[-1] != shape[-2] or shape[-1] > _MOST_STREAMS:
+        return
+    softmax = _only_user(node, aten.div.Tensor)
+    current = softmax and _only_user(softmax, aten.add.Tensor)
+    passes = 0
+    while current is not None:
+        total = _only_user(current, aten.sum.dim_IntList)
+        shifted = total and _only_user(total, aten.add.Tensor)
+        current = shifted and _only_user(shifted, aten.div.Tensor)
+        passes += current is not None
+    if passes:
+        yield from _structures(shape[-1], (passes + 1) // 2)  # a column pass, then rows and columns
+
+
+def _post_sites(node: Node) -> Iterator[Structure]:
+    """``node`` is a batched product with small square matrices on the left."""
+    shape = node.args[0].meta["val"].shape
+    if isinstance(shape[-1], int) and shape[-1] == shape[-2] and shape[-1] <= _MOST_STREAMS:
+        yield from _structures(shape[-1])
+
+
+def _head_sites(node: Node) -> Iterator[Structure]:
+    """``node`` is the sigmoid of a few gates a token, plus an epsilon, spread over the hidden dimension."""
+    hc = node.meta["val"].shape[-1]
+    shifted = _only_user(node, aten.add.Tensor)
+    if (
+        isinstance(hc, int)
+        and hc <= _MOST_STREAMS
+        and shifted is not None
+        and _only_user(shifted, aten.unsqueeze.default)
+    ):
+        yield from _structures(hc)
+
+
+# Traces
+
+
+def _tensors(structure: Structure, mix: int, scales: int) -> dict[str, torch.Tensor]:
+    (b, s, d), hc = SIZES.values(), structure.hc
+    return {
+        "output": torch.empty(b, s, d, dtype=structure.dtype),
+        "hidden_streams": torch.empty(b, s, hc, d, dtype=structure.dtype),
+        "post": torch.empty(b, s, hc),
+        "comb": torch.empty(b, s, hc, hc),
+        "fn": torch.empty(mix, hc * d),
+        "base": torch.empty(mix),
+        "scale": torch.empty(scales),
+        "norm_weight": torch.empty(d),
+    }
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    norm = SimpleNamespace(weight=weight, variance_epsilon=_SCALARS["norm_eps"])
+    return _modeling().DeepseekV4RMSNorm.forward(norm, x)
+
+
+def _unweighted_norm(x: torch.Tensor) -> torch.Tensor:
+    return _modeling().DeepseekV4UnweightedRMSNorm.forward(SimpleNamespace(eps=_SCALARS["rms_eps"]), x)
+
+
+def _post(ffn_hc: Any, output, hidden_streams, post, comb) -> None:
+    """Run a decoder layer whose sublayers are stand-ins; ``ffn_hc`` is called with the streams after the first."""
+    layer = SimpleNamespace(
+        attn_hc=lambda streams: (post, comb, output),
+        input_layernorm=lambda collapsed: collapsed,
+        self_attn=lambda hidden, **_: (output, None),
+        ffn_hc=ffn_hc,
+        post_attention_layernorm=lambda collapsed: collapsed,
+        mlp=lambda hidden, **_: output,
+    )
+    inspect.unwrap(_modeling().DeepseekV4DecoderLayer.forward)(layer, hidden_streams)
+
+
+def _boundary(structure: Structure) -> Trace:
+    """A sublayer's output into the streams, then the next sublayer's input out of them."""
+    hc = structure.hc
+
+    def function(output, hidden_streams, post, comb, fn, base, scale, norm_weight):
+        connection = SimpleNamespace(
+            hc_mult=hc,
+            hc_sinkhorn_iters=structure.sinkhorn_iters,
+            hc_eps=_SCALARS["hc_eps"],
+            input_norm=_unweighted_norm,
+            fn=fn,
+            base=base,
+            scale=scale,
+        )
+        values = {}
+
+        def ffn_hc(streams):
+            new_post, new_comb, collapsed = _modeling().DeepseekV4HyperConnection.forward(connection, streams)
+            values.update(new_streams=streams, new_post=new_post, new_comb=new_comb, collapsed=collapsed)
+            return new_post, new_comb, collapsed
+
+        _post(ffn_hc, output, hidden_streams, post, comb)
+        return values | {"normed": _rms_norm(values["collapsed"], norm_weight)}
+
+    constants = {"sinkhorn_iters": structure.sinkhorn_iters}
+    return Trace(function, _tensors(structure, (2 + hc) * hc, 3), _SCALARS, _PARAMETERS, constants)
+
+
+def _end(structure: Structure) -> Trace:
+    """The last sublayer's output into the streams, then the head that collapses them, then the final norm."""
+
+    def function(output, hidden_streams, post, comb, fn, base, scale, norm_weight):
+        values = {}
+
+        def record(streams):
+            values["new_streams"] = streams
+            return post, comb, output
+
+        _post(record, output, hidden_streams, post, comb)
+        head = SimpleNamespace(
+            input_norm=_unweighted_norm, eps=_SCALARS["hc_eps"], hc_fn=fn, hc_base=base, hc_scale=scale
+        )
+        collapsed = _modeling().DeepseekV4HyperHead.forward(head, values["new_streams"])
+        return values | {"collapsed": collapsed, "normed": _rms_norm(collapsed, norm_weight)}
+
+    return Trace(function, _tensors(structure, structure.hc, 1), _SCALARS, _PARAMETERS)
+
+
+# Fusions: the cuts, largest first
+
+_POST = ("output", "hidden_streams", "post", "comb")
+_WEIGHTS = ("fn", "base", "scale")
+_PRE_OUT = ("new_post", "new_comb")
+
+HC_POST_PRE = tuple(
+    Fusion(
+        "hc_post_pre",
+        (*_POST, *_WEIGHTS, *norm),
+        ("new_streams", *_PRE_OUT, out),
+        ops.hc_post_pre,
+        parts=("hc_post", "hc_pre"),
+    )
+    for norm, out in ((("norm_weight",), "normed"), ((), "collapsed"))
+)
+HC_PRE = tuple(
+    Fusion("hc_pre", ("new_streams", *_WEIGHTS, *norm), (*_PRE_OUT, out), ops.hc_pre)
+    for norm, out in ((("norm_weight",), "normed"), ((), "collapsed"))
+)
+HC_POST_HEAD = tuple(
+    Fusion("hc_post_head", (*_POST, *_WEIGHTS, *norm), (out,), ops.hc_post_head, parts=("hc_post", "hc_head"))
+    for norm, out in ((("norm_weight",), "normed"), ((), "collapsed"))
+)
+HC_HEAD = tuple(
+    Fusion("hc_head", ("new_streams", *_WEIGHTS, *norm), (out,), ops.hc_head)
+    for norm, out in ((("norm_weight",), "normed"), ((), "collapsed"))
+)
+HC_POST = (Fusion("hc_post", _POST, ("new_streams",), ops.hc_post),)
+
+COMPUTATIONS = (
+    Computation(aten.exp.default, _sinkhorn_sites, _boundary, (*HC_POST_PRE, *HC_PRE)),
+    Computation(aten.sigmoid.default, _head_sites, _end, (*HC_POST_HEAD, *HC_HEAD)),
+    Computation(aten.bmm.default, _post_sites, _end, HC_POST),
+)
