@@ -108,7 +108,10 @@ class FusionPass(CustomGraphPass):
     def first_match(
         self, computation: Computation, anchor: Node, claimed: set[Node]
     ) -> tuple[Match, Any] | Failure | None:
-        """The largest fusion that matches and whose operator takes it, or the nearest failure, or None: no site."""
+        """The largest fusion that matches and whose operator takes it, or None where there is no site.
+
+        Where none matches: the failure of the smallest that came near, since nothing fuses until that is mended.
+        """
         nearest: Failure | None = None
         for structure in computation.structures(anchor):
             for fusion in computation.fusions:
@@ -118,7 +121,7 @@ class FusionPass(CustomGraphPass):
                     if not isinstance(replacement, str):
                         return result, replacement
                     result = Failure(fusion, result.nodes, 1.0, replacement, anchor)
-                if nearest is None or result.share >= nearest.share:
+                if nearest is None or result.share >= min(NEAR, nearest.share):
                     nearest = result
         return nearest
 

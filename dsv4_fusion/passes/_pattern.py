@@ -209,7 +209,7 @@ class _Matcher:
             self.check_inputs()
             self.check_users(covered)
         if self.failures or share < 1:
-            reason = min(self.failures, default=(0, "the pattern is not connected"))[1]
+            _, reason = min(self.failures, key=lambda failure: failure[0], default=(0, "the pattern is not connected"))
             return Failure(self.pattern.fusion, covered, share, reason, self.anchor)
         inputs = {name: self.found[node] for node, name in self.pattern.inputs.items()}
         return Match(

@@ -20,7 +20,7 @@ from ._pattern import SIZES, Computation, Fusion, Trace
 
 aten = torch.ops.aten
 _MOST_STREAMS = 16
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FAR = 64  # nodes looked at to find a site's streams
 _SCALARS = {"rms_eps": 0.0713, "hc_eps": 0.0319, "norm_eps": 0.0537}
 _PARAMETERS = frozenset({"fn", "base", "scale", "norm_weight"})
 
@@ -38,10 +38,24 @@ def _modeling() -> ModuleType | None:
     return sys.modules.get("transformers.models.deepseek_v4.modeling_deepseek_v4")
 
 
-def _structures(hc: int, sinkhorn_iters: int = 1) -> Iterator[Structure]:
+def _structures(anchor: Node, hc: int, sinkhorn_iters: int = 1) -> Iterator[Structure]:
     if _modeling() is not None:
-        for dtype in _DTYPES:
-            yield Structure(dtype, hc, sinkhorn_iters)
+        yield Structure(_streams_dtype(anchor, hc), hc, sinkhorn_iters)
+
+
+def _streams_dtype(anchor: Node, hc: int) -> torch.dtype:
+    """The dtype of the nearest [B, S, HC, D] from which ``anchor`` is computed."""
+    level, seen = [anchor], set()
+    while level:
+        for node in level:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2] == hc and value.shape[3] > hc:
+                return value.dtype
+        seen.update(level)
+        level = [source for node in level for source in node.all_input_nodes if source not in seen]
+        if len(seen) > _FAR:
+            break
+    return torch.bfloat16
 
 
 # Sites: where a pattern may begin
@@ -65,14 +79,14 @@ def _sinkhorn_sites(node: Node) -> Iterator[Structure]:
         current = shifted and _only_user(shifted, aten.div.Tensor)
         passes += current is not None
     if passes:
-        yield from _structures(shape[-1], (passes + 1) // 2)  # a column pass, then rows and columns
+        yield from _structures(node, shape[-1], (passes + 1) // 2)  # a column pass, then rows and columns
 
 
 def _post_sites(node: Node) -> Iterator[Structure]:
     """``node`` is a batched product with small square matrices on the left."""
     shape = node.args[0].meta["val"].shape
     if isinstance(shape[-1], int) and shape[-1] == shape[-2] and shape[-1] <= _MOST_STREAMS:
-        yield from _structures(shape[-1])
+        yield from _structures(node, shape[-1])
 
 
 def _head_sites(node: Node) -> Iterator[Structure]:
@@ -85,7 +99,7 @@ def _head_sites(node: Node) -> Iterator[Structure]:
         and shifted is not None
         and _only_user(shifted, aten.unsqueeze.default)
     ):
-        yield from _structures(hc)
+        yield from _structures(node, hc)
 
 
 # Traces
