@@ -42,6 +42,8 @@ class Report:
         sites: every fused site, graph by graph, in program order.
         near_misses: every site that holds most of a pattern and was left alone.
         nodes_before, nodes_after: nodes of the graphs before and after the rewrites.
+        graphs: how many graphs there were.
+        seconds: CPU time that matching and rewriting took.
         notes: what else there is to know (training graphs, the CPU…).
     """
 
@@ -50,6 +52,7 @@ class Report:
     nodes_before: int = 0
     nodes_after: int = 0
     graphs: int = 0
+    seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -64,6 +67,7 @@ class Report:
         self.nodes_before += other.nodes_before
         self.nodes_after += other.nodes_after
         self.graphs += other.graphs
+        self.seconds += other.seconds
         self.notes += [note for note in other.notes if note not in self.notes]
 
     def summary(self) -> str:
@@ -72,7 +76,7 @@ class Report:
         graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
         return (
             f"{counts}; {len(self.near_misses)} near misses; "
-            f"{self.nodes_before} -> {self.nodes_after} nodes in {graphs}"
+            f"{self.nodes_before} -> {self.nodes_after} nodes in {graphs}, {self.seconds:.2f} s"
         )
 
     def __str__(self) -> str:

@@ -54,9 +54,10 @@ def test_whole_model(dtype, batch, length, dynamic):
     assert report.nodes_before - report.nodes_after > 150 * (2 * LAYERS), report
 
 
-def test_module_paths():
+def test_four_layers():
     report = dsv4_fusion.explain(model("tiny", 4), tokens(1, 32), use_cache=False)
     assert report.counts == whole_model(4), report
+    assert report.seconds < 0.1 * len(report.sites), report
     assert [(site.fusion, site.path) for site in report.sites] == [
         ("hc_pre", "model.layers.0.attn_hc"),
         ("hc_post_pre", "model.layers.0.ffn_hc"),

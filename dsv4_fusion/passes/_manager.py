@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,12 @@ class FusionPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         if self.before is not None:
             self.before(graph)
-        report = Report(nodes_before=len(graph.nodes), graphs=1)
+        report, started = Report(nodes_before=len(graph.nodes), graphs=1), time.process_time()
         if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
             report.notes.append("a training graph was left alone: the operators have no backward; use torch.no_grad()")
         else:
             self.fuse(graph, report)
-        report.nodes_after = len(graph.nodes)
+        report.nodes_after, report.seconds = len(graph.nodes), time.process_time() - started
         self.on_report(report)
         wanted = int(self.options.strict)
         if len(report.sites) < wanted:
