@@ -1,0 +1,273 @@
+"""The TileLang hyper-connection kernels: compiled without spills anywhere; on a GPU, right and batch-invariant."""
+
+import itertools
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from dsv4_fusion.ops import hyper_connection as ops
+
+tilelang = pytest.importorskip("tilelang")
+from dsv4_fusion.ops.tilelang import hyper_connection as kernels  # noqa: E402
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+TOKENS = (1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 128, 129, 192, 256, 1000, 4096)
+
+
+# Without a GPU
+
+
+PROGRAMS = [
+    (hidden, hc, placed, mixes, norm, wide)
+    for hidden, hc, (placed, mixes, norm), wide in itertools.product(
+        (4096,),
+        (4,),
+        ((True, "pre", True), (True, "pre", False), (False, "pre", True), (True, "", False), (True, "head", True)),
+        (False, True),
+    )
+] + [
+    (4096, 4, False, "head", True, False),
+    (5120, 4, True, "pre", True, True),
+    (7168, 4, True, "pre", True, False),
+    (7168, 4, True, "pre", True, True),
+    (64, 2, True, "pre", True, False),
+    (192, 4, True, "pre", True, True),
+    (192, 8, True, "pre", True, True),
+    (16384, 2, True, "pre", True, True),
+    (16384, 4, True, "pre", True, True),
+    (16384, 8, True, "pre", True, False),
+]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("key", PROGRAMS, ids=lambda key: "-".join(map(str, key)))
+def test_compiles_for_hopper_without_spills(key, tmp_path):
+    target = tilelang.tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
+    with target:
+        kernel = tilelang.compile(
+            kernels._program(*key), target=target, execution_backend="tvm_ffi", pass_configs=kernels.PASS_CONFIGS
+        )
+    source = kernel.adapter.get_device_source()
+    _, _, _, mixes, _, _ = key
+    assert source.count("tl::mma_sync") == (3 if mixes else 0)
+    assert ("cudaGridDependencySynchronize" in source) == bool(mixes)
+    (tmp_path / "kernel.cu").write_text(source)
+    command = [
+        *("nvcc", "-cubin", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"),
+        *(f"-I{path}" for path in (tilelang.env.TILELANG_TEMPLATE_PATH, tilelang.env.CUTLASS_INCLUDE_DIR)),
+        *("-DTL_ENABLE_L2_PREFETCH=1", "-o", str(tmp_path / "kernel.cubin"), str(tmp_path / "kernel.cu")),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    usage = [line.strip() for line in result.stderr.splitlines() if "spill" in line]
+    assert len(usage) == (2 if mixes else 1)
+    assert all(line.startswith("0 bytes stack frame, 0 bytes spill stores") for line in usage), usage
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hc", "hidden", "word"),
+    [
+        (torch.bfloat16, 4, 64, None),
+        (torch.bfloat16, 2, 16384, None),
+        (torch.float16, 4, 64, "bfloat16"),
+        (torch.float32, 4, 64, "bfloat16"),
+        (torch.bfloat16, 3, 64, "streams"),
+        (torch.bfloat16, 4, 96, "64"),
+        (torch.bfloat16, 4, 16448, "16384"),
+    ],
+)
+def test_limits_name_the_reason(dtype, hc, hidden, word):
+    streams = torch.empty(2, hc, hidden, dtype=dtype)
+    pre = (streams, torch.empty(1, 1), torch.empty(1), torch.empty(3))
+    post = (torch.empty(2, hidden, dtype=dtype), streams, torch.empty(2, hc), torch.empty(2, hc, hc))
+    for arguments in (pre, post):
+        reason = kernels.limits(*arguments)
+        assert reason is None if word is None else word in reason
+
+
+# On a GPU
+
+
+def make(tokens, hidden, hc=4, head=False, seed=0):
+    """Realistic weights: fn ~ K^-½, and scales as the checkpoints have them."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    mix = hc if head else (2 + hc) * hc
+    scale = torch.tensor([2.0] if head else [2.0, 0.02, 0.25], device="cuda")
+    placing = (
+        normal(tokens, hidden).bfloat16(),
+        normal(tokens, hc, hidden).bfloat16(),
+        2 * torch.sigmoid(normal(tokens, hc)),
+        ops.sinkhorn_ref(normal(tokens, hc, hc), 1e-6, 20),
+    )
+    parameters = (normal(mix, hc * hidden) * (hc * hidden) ** -0.5, normal(mix) * 0.5, scale, 1 + 0.1 * normal(hidden))
+    return placing, parameters
+
+
+def double(tensors):
+    return [tensor.double() for tensor in tensors]
+
+
+def error(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def check_pre(results, streams, parameters):
+    """post and comb as accurate as fp32; collapsed within the two roundings to bf16 that the operator makes."""
+    want = ops.hc_pre_ref(streams.double(), *double(parameters))
+    for got, expected, bound in zip(results, want, (1e-6, 1e-6, 4e-3), strict=True):
+        assert got.shape == expected.shape
+        assert got.is_contiguous()
+        assert error(got, expected) < bound
+
+
+def gpu(function):
+    for mark in on_gpu:
+        function = mark(function)
+    return function
+
+
+@gpu
+@pytest.mark.parametrize("hc", [2, 4, 8])
+@pytest.mark.parametrize("hidden", [64, 192, 4096, 5120, 7168, 16384])
+def test_matches_float64(hidden, hc):
+    for tokens in (1, 17, 600):
+        (output, streams, post, comb), parameters = make(tokens, hidden, hc)
+        new, *results = kernels.hc_post_pre(output, streams, post, comb, *parameters)
+        assert error(new, ops.hc_post_ref(*double((output, streams, post, comb)))) < 2e-3
+        check_pre(results, new, parameters)
+        check_pre(kernels.hc_pre(streams, *parameters), streams, parameters)
+        assert torch.equal(kernels.hc_post(output, streams, post, comb), new)
+        _, head = make(tokens, hidden, hc, head=True)
+        want = ops.hc_head_ref(new.double(), *double(head))
+        assert error(kernels.hc_post_head(output, streams, post, comb, *head), want) < 4e-3
+        assert error(kernels.hc_head(new, *head), want) < 4e-3
+        assert error(kernels.hc_head(new, *head[:3]), ops.hc_head_ref(new.double(), *double(head[:3]))) < 4e-3
+
+
+@gpu
+def test_every_element_is_written(monkeypatch):
+    """Outputs and workspace are poisoned before the launch."""
+    real_empty, real_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: real_empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real_like(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, s, **k: t.new_full(s, float("nan"), **k))
+    for tokens in (1, 33, 700):
+        placing, parameters = make(tokens, 4096)
+        for result in kernels.hc_post_pre(*placing, *parameters):
+            assert torch.isfinite(result).all()
+
+
+def variant_rows(function, hidden):
+    """Where a row's results differ from those it has in the largest batch: (tokens, first row)."""
+    (*placing,), parameters = make(max(TOKENS), hidden)
+    whole = function(*placing, *parameters)
+    return [
+        (tokens, first)
+        for tokens in TOKENS
+        for first in {0, 3, max(TOKENS) - tokens}
+        if first + tokens <= max(TOKENS)
+        and not all(
+            torch.equal(part, full[first : first + tokens])
+            for part, full in zip(
+                function(*(t[first : first + tokens] for t in placing), *parameters), whole, strict=True
+            )
+        )
+    ]
+
+
+@gpu
+@pytest.mark.parametrize("hidden", [4096, 7168])
+def test_a_rows_bits_do_not_depend_on_the_batch(hidden):
+    assert variant_rows(kernels.hc_post_pre, hidden) == []
+
+
+@gpu
+def test_the_invariance_test_sees_a_split_that_follows_the_batch():
+    def following(output, streams, post, comb, fn, base, scale, norm_weight):
+        flat = streams.flatten(-2).float()
+        splits = 8 if len(flat) < 64 else 2
+        parts = zip(flat.chunk(splits, -1), fn.chunk(splits, -1), strict=True)
+        mixes = torch.stack([(x.unsqueeze(-2) * w).sum(-1) for x, w in parts]).sum(0)
+        return [mixes]
+
+    assert variant_rows(following, 512)
+
+
+@gpu
+def test_graph_replay_follows_changed_inputs():
+    for tokens in (3, 520):
+        placing, parameters = make(tokens, 4096)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            kernels.hc_post_pre(*placing, *parameters)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = kernels.hc_post_pre(*placing, *parameters)
+        for seed in (1, 2):
+            changed, _ = make(tokens, 4096, seed=seed)
+            for held, fresh in zip(placing, changed, strict=True):
+                held.copy_(fresh)
+            graph.replay()
+            for got, want in zip(results, kernels.hc_post_pre(*changed, *parameters), strict=True):
+                assert torch.equal(got, want)
+
+
+@gpu
+def test_two_streams_at_once():
+    problems = [make(tokens, 4096, seed=tokens) for tokens in (5, 900)]
+    alone = [kernels.hc_post_pre(*placing, *parameters) for placing, parameters in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    rounds = []
+    for _ in range(20):
+        for stream, (placing, parameters) in zip(streams, problems, strict=True):
+            with torch.cuda.stream(stream):
+                rounds.append(kernels.hc_post_pre(*placing, *parameters))
+    torch.cuda.synchronize()
+    for index, results in enumerate(rounds):
+        assert all(torch.equal(got, want) for got, want in zip(results, alone[index % 2], strict=True))
+
+
+@gpu
+def test_no_tokens_odd_strides_and_leading_dimensions():
+    placing, parameters = make(0, 64)
+    assert [tuple(t.shape) for t in kernels.hc_post_pre(*placing, *parameters)] == [
+        (0, 4, 64), (0, 4), (0, 4, 4), (0, 64),
+    ]  # fmt: skip
+    (output, streams, post, comb), (fn, base, scale, weight) = make(24, 192)
+    want = kernels.hc_post_pre(output, streams, post, comb, fn, base, scale, weight)
+    split = [t.unflatten(0, (4, 6)) for t in (output, streams, post, comb)]
+    for got, expected in zip(kernels.hc_post_pre(*split, fn, base, scale, weight), want, strict=True):
+        assert torch.equal(got, expected.unflatten(0, (4, 6)))
+    strided = [torch.stack((t, t), -1)[..., 0] for t in (output, streams, post, comb, fn, base, scale, weight)]
+    assert not strided[1].is_contiguous()
+    shifted = torch.cat((streams.flatten()[:1], streams.flatten()))[1:].view_as(streams)
+    assert shifted.data_ptr() % 16
+    for changed in (strided, [output, shifted, post, comb, fn, base, scale, weight]):
+        for got, expected in zip(kernels.hc_post_pre(*changed), want, strict=True):
+            assert torch.equal(got, expected)
+    lowered = [t.bfloat16() for t in (fn, base, scale, weight)]
+    for got, expected in zip(
+        kernels.hc_post_pre(output, streams, post, comb, *lowered),
+        kernels.hc_post_pre(output, streams, post, comb, *(t.float() for t in lowered)),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
+
+
+@gpu
+def test_two_compiles_serve_all_token_counts():
+    kernels._entry.cache_clear()
+    placing, parameters = make(4096, 192)
+    for tokens in TOKENS:
+        kernels.hc_post_pre(*(t[:tokens] for t in placing), *parameters)
+    assert kernels._entry.cache_info().misses <= 2
