@@ -4,8 +4,11 @@ PYTHON ?= python3# makes the environment; if it can import torch >= 2.11, that t
 VENV   ?= .venv
 TORCH  ?=#           what else to install, in pip's words; empty: see tools/venv.sh
 ARGS   ?=#           passed on to pytest, the demo or the benchmark
+# Test processes: most of the time goes into compilation, on one core each. A GPU is not shared.
+JOBS   ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo logical)
 
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 OLD_TRANSFORMERS := 5.17.0# the oldest supported; its tests run beside those of the newest
 HF_TESTS := $(wildcard tests/test_model_hf.py)
 
@@ -22,7 +25,7 @@ help:
 	@echo "make test-old-transformers   the Hugging Face tests with transformers $(OLD_TRANSFORMERS)"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter, TORCH='torch==2.11.0' the torch to install if it has none,"
-	@echo "ARGS='-k hc_pre' is passed on. Changing PYTHON or TORCH needs 'make clean' first."
+	@echo "JOBS=0 runs the tests in one process, ARGS='-k hc_pre' is passed on. Changing PYTHON or TORCH needs 'make clean' first."
 
 demo: $(VENV)/.ready
 	@echo "==> examples/demo.py"
@@ -30,12 +33,12 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	@echo "==> pytest"
-	@$(RUN) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-old-transformers: $(VENV)/transformers-$(OLD_TRANSFORMERS)
 	@echo "==> pytest with transformers $(OLD_TRANSFORMERS): $(HF_TESTS)"
 	@PYTHONPATH=$< $(RUN) -c 'import transformers as t; assert t.__version__ == "$(OLD_TRANSFORMERS)", t.__version__'
-	@$(if $(HF_TESTS),PYTHONPATH=$< $(RUN) -m pytest $(HF_TESTS) $(ARGS),echo "there are none")
+	@$(if $(HF_TESTS),PYTHONPATH=$< $(PYTEST) $(HF_TESTS) $(ARGS),echo "there are none")
 
 bench: $(VENV)/.ready
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none"; exit 1; }
