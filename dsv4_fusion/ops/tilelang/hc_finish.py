@@ -228,7 +228,7 @@ def finish(
 ):  # fmt: skip
     """The first blocks do post and comb, so that no other waits for Sinkhorn; then the last tokens, still in L2."""
     vectors, threads, _ = finish_shape(hc, hidden)
-    if vectors * hc <= 8 and threads <= 512:
+    if vectors == 2 and hc <= 4 and threads <= 512:  # more than that does not fit into the registers
         T.annotate_min_blocks_per_sm(FINISHING if threads <= 256 else 2)
     offset = T.alloc_local((-(-mix // 32),), F32)
     factor = T.alloc_local((-(-mix // 32),), F32)
