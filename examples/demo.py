@@ -106,6 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, help="decoder layers (4 on a GPU, else 2)")
     parser.add_argument("--length", type=int, default=4096, help="tokens of the prompt on a GPU")
+    parser.add_argument(
+        "--part", choices=("all", "numbers", "speed"), default="all", help="on a GPU: which half to run"
+    )
     parser.add_argument("--out", help="write the GPU's figures to this JSON file")
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
@@ -118,13 +121,14 @@ def main() -> None:
     report = dsv4_fusion.explain(net, torch.randint(0, 128, (2, 64), device=device), use_cache=False)
     say(str(report))
     assert report.counts == {"hc_pre": 1, "hc_post_pre": 2 * layers - 1, "hc_post_head": 1}
-    difference(1 if not gpu else layers, device, options)
-    if gpu:
+    if arguments.part != "speed":
+        difference(1 if not gpu else layers, device, options)
+    if gpu and arguments.part != "numbers":
         rows = flash(layers, arguments.length)
         if arguments.out:
             from benchmarks._harness import write
 
-            write(rows, arguments.out)
+            write(rows, "model", arguments.out)
     say("done")
 
 

@@ -115,8 +115,8 @@ def define(
         return usable
 
     @functools.cache
-    def say_reference(reason: str) -> None:
-        logger.warning("%s::%s runs its PyTorch reference, which is slow: %s", NAMESPACE, name, reason)
+    def say(what: str) -> None:
+        logger.warning("%s::%s: %s", NAMESPACE, name, what)
 
     @functools.cache
     def kernel(implementation: str) -> Callable[..., Any]:
@@ -131,7 +131,8 @@ def define(
                 reason = candidate.limits(*args, **kwargs) if candidate.limits else None
                 if reason is None:
                     return kernel(candidate.name)
-            say_reference(reason)
+                say(reason)
+            say(f"runs its PyTorch reference, which is slow: {reason}")
             return reference
         if implementation == REFERENCE:
             return reference

@@ -222,22 +222,38 @@ def _fake_post_head(output, hidden_streams, post, comb, fn, base, scale, norm_we
 # Operators
 
 
-def _limits_of(position: int):
-    """Limits of the Triton kernels, where the streams are argument ``position``."""
+def _limits(streams_at: int, compiler: str, dtypes: tuple[torch.dtype, ...], counts: tuple[int, ...]):
+    """What the kernels of ``compiler`` take, where the streams are argument ``streams_at``."""
 
     def limits(*tensors, **options) -> str | None:
-        streams = tensors[position]
-        if streams.dtype == torch.float64:
-            return "float64 streams are computed by the reference"
-        if streams.shape[-2] not in (1, 2, 4, 8):
-            return f"the Triton kernels take 1, 2, 4 or 8 streams, got {streams.shape[-2]}"
+        streams = tensors[streams_at]
+        *_, hc, hidden = streams.shape
+        if streams.dtype not in dtypes:
+            return f"the {compiler} kernels do not take {streams.dtype} streams"
+        if hc not in counts:
+            return f"the {compiler} kernels take {', '.join(map(str, counts))} streams, got {hc}"
+        if compiler == "tilelang" and (hidden % 64 or hidden > 16384):
+            return f"the tilelang kernels take hidden sizes that are multiples of 64 up to 16384, got {hidden}"
         return None
 
     return limits
 
 
-def _triton(function: str, streams_at: int) -> Implementation:
-    return Implementation("triton", f"dsv4_fusion.ops.triton.hyper_connection:{function}", _limits_of(streams_at))
+def _kernels(function: str, streams_at: int) -> list[Implementation]:
+    """Best first: TileLang reads bf16 streams at the speed of memory, Triton takes every dtype."""
+    return [
+        Implementation(
+            "tilelang",
+            f"dsv4_fusion.ops.tilelang.hyper_connection:{function}",
+            _limits(streams_at, "tilelang", (torch.bfloat16,), (2, 4, 8)),
+            capability=(9, 0),
+        ),
+        Implementation(
+            "triton",
+            f"dsv4_fusion.ops.triton.hyper_connection:{function}",
+            _limits(streams_at, "triton", (torch.bfloat16, torch.float16, torch.float32), (1, 2, 4, 8)),
+        ),
+    ]
 
 
 _PRE = "Tensor fn, Tensor base, Tensor scale, Tensor? norm_weight=None, *, float rms_eps=1e-6, float hc_eps=1e-6"
@@ -250,14 +266,14 @@ _hc_pre = define(
     reference=hc_pre_ref,
     fake=_fake_pre,
     check=_check_pre,
-    implementations=[_triton("hc_pre", 0)],
+    implementations=_kernels("hc_pre", 0),
 )
 _hc_post = define(
     f"hc_post({_POST}, *, str? implementation=None) -> Tensor",
     reference=hc_post_ref,
     fake=_fake_post,
     check=_check_post,
-    implementations=[_triton("hc_post", 1)],
+    implementations=_kernels("hc_post", 1),
 )
 _hc_post_pre = define(
     f"hc_post_pre({_POST}, {_PRE}, int sinkhorn_iters=20, {_END})"
@@ -265,21 +281,21 @@ _hc_post_pre = define(
     reference=hc_post_pre_ref,
     fake=_fake_post_pre,
     check=_check_post_pre,
-    implementations=[_triton("hc_post_pre", 1)],
+    implementations=_kernels("hc_post_pre", 1),
 )
 _hc_head = define(
     f"hc_head(Tensor hidden_streams, {_PRE}, {_END}) -> Tensor",
     reference=hc_head_ref,
     fake=_fake_head,
     check=_check_head,
-    implementations=[_triton("hc_head", 0)],
+    implementations=_kernels("hc_head", 0),
 )
 _hc_post_head = define(
     f"hc_post_head({_POST}, {_PRE}, {_END}) -> Tensor",
     reference=hc_post_head_ref,
     fake=_fake_post_head,
     check=_check_post_head,
-    implementations=[_triton("hc_post_head", 1)],
+    implementations=_kernels("hc_post_head", 1),
 )
 
 
@@ -308,7 +324,7 @@ def hc_pre(
         hc_eps: added to pre, to the softmax and to every Sinkhorn sum.
         sinkhorn_iters: Sinkhorn-Knopp passes, at least 1; the first is a column pass alone.
         norm_eps: added to the mean square of the collapsed stream.
-        implementation: "triton", "reference", or None for the best one usable.
+        implementation: "tilelang", "triton", "reference", or None for the best one usable.
 
     Returns:
         post [..., HC] and comb [..., HC, HC] in fp32 (fp64 for fp64 streams), collapsed [..., D] in the streams'
@@ -347,7 +363,7 @@ def hc_post(
         hidden_streams: [..., HC, D], the streams before the sublayer.
         post: [..., HC], from :func:`hc_pre`.
         comb: [..., HC, HC], from :func:`hc_pre`; used transposed.
-        implementation: "triton", "reference", or None for the best one usable.
+        implementation: "tilelang", "triton", "reference", or None for the best one usable.
 
     Returns:
         The new streams, [..., HC, D], contiguous, in the streams' dtype.
@@ -379,7 +395,7 @@ def hc_post_pre(
     Args:
         output, hidden_streams, post, comb: as in :func:`hc_post`.
         fn, base, scale, norm_weight, rms_eps, hc_eps, sinkhorn_iters, norm_eps: as in :func:`hc_pre`.
-        implementation: "triton", "reference", or None for the best one usable.
+        implementation: "tilelang", "triton", "reference", or None for the best one usable.
 
     Returns:
         The new streams [..., HC, D], then post, comb and collapsed of the next sublayer as :func:`hc_pre` gives them.

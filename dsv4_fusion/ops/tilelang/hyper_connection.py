@@ -172,6 +172,12 @@ def _entry(hidden: int, hc: int, placed: bool, mixes: str, norm: bool, wide: boo
 
 
 @functools.cache
+def _entries(*key):
+    """The programs for few tokens and for many; both at the first call, so that no later token count compiles."""
+    return tuple(_entry(*key, wide) for wide in (False, True))
+
+
+@functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -264,7 +270,7 @@ def _run(placing, hidden_streams, mixes, parameters, norm_weight, scalars, resul
         arguments.append(new.view(streams.shape) if lead != [tokens] else new)
     if lead != [tokens]:
         results = [result.view((tokens, *result.shape[len(lead) :])) for result in results]
-    launch = _entry(hidden, hc, placing is not None, mixes, norm_weight is not None, wide)
+    launch = _entries(hidden, hc, placing is not None, mixes, norm_weight is not None)[wide]
     if device.index == torch.cuda.current_device():
         launch(*arguments, *results, groups, *scalars)
     else:

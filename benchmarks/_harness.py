@@ -1,0 +1,129 @@
+"""What every benchmark shares: timers, ceilings measured in the same run, and the one file format."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "tilelang", "nvidia-cutlass-dsl", "transformers")
+
+
+def _events(call: Callable[[], object], before: Callable[[], object] = lambda: None, repeats: int = 30) -> float:
+    """Median µs of single launches, by events; ``before`` runs ahead of each, outside the time."""
+    times = []
+    for _ in range(repeats):
+        before()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in times) * 1e3
+
+
+def graph(call: Callable[[], object], calls: int = 20) -> float:
+    """µs a call in the replay of a CUDA graph of ``calls`` calls; the L2 cache is warm."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for _ in range(calls):
+            call()
+    captured.replay()
+    return _events(captured.replay) / calls
+
+
+def flush(call: Callable[[], object]) -> float:
+    """µs of single launches with the L2 cache flushed before each."""
+    cache = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+
+    def before() -> None:
+        cache.zero_()
+        torch.cuda._sleep(100_000)  # the launches are queued by the time it ends: their cost on the CPU stays out
+
+    for _ in range(3):
+        call()
+    return _events(call, before)
+
+
+def wall(call: Callable[[], object], calls: int = 200) -> float:
+    """µs of CPU time a call takes from Python, the GPU not waited for."""
+    for _ in range(10):
+        call()
+    times = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(calls // 10):
+            call()
+        times.append((time.perf_counter() - started) / (calls // 10))
+    torch.cuda.synchronize()
+    return statistics.median(times) * 1e6
+
+
+def copy_tb_s() -> float:
+    """Bandwidth of a device-to-device copy of 2 GiB, read and written bytes counted, in TB/s."""
+    source = torch.empty(2**31, dtype=torch.int8, device="cuda").random_()
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.numel() / _events(lambda: target.copy_(source), repeats=10) * 1e-6
+
+
+def matmul_tflops() -> float:
+    """Rate of an 8192³ bf16 product on random data, in TFLOP/s."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a @ b
+    return 2 * 8192**3 / _events(lambda: a @ b, repeats=10) * 1e-6
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("DSV4_COMMIT", "unknown")
+    return done.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | {"cuda": torch.version.cuda or "-"}
+
+
+def write(rows: list[dict], what: str, out: str | None = None) -> Path:
+    """Write rows to ``out``, or to results/<gpu>/<date>-<what>.json; returns the path."""
+    gpu = torch.cuda.get_device_name()
+    date = datetime.date.today().isoformat()
+    path = Path(out) if out else RESULTS / gpu.split()[-1].lower() / f"{date}-{what}.json"
+    content = {
+        "gpu": gpu,
+        "date": date,
+        "commit": _commit(),
+        "versions": _versions(),
+        "copy_tb_s": round(copy_tb_s(), 3),
+        "matmul_tflops": round(matmul_tflops(), 1),
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"wrote {path}")
+    return path

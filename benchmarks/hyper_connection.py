@@ -1,0 +1,152 @@
+"""mHC operators against Inductor on the same work and the floor of their bytes.
+
+Graph replay (warm L2) up to 1,024 tokens, single launches with L2 flushed from 4,096 on. ``wall`` is the CPU time of
+one call from Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import _harness
+from dsv4_fusion import ops
+
+HC, ITERS, EPS = 4, 20, 1e-6
+TOKENS = (1, 8, 16, 32, 128, 1024, 4096, 8192, 16384)
+INDUCTOR_TOKENS = (1, 128, 1024, 4096)  # each is a compilation of some seconds
+IMPLEMENTATIONS = ("triton", "tilelang")
+
+
+def inputs(tokens: int, hidden: int) -> dict[str, torch.Tensor]:
+    """Random inputs of the size that trained weights give."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+
+    def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator) * std
+
+    return {
+        "output": normal(tokens, hidden).bfloat16(),
+        "hidden_streams": normal(tokens, HC, hidden).bfloat16(),
+        "post": normal(tokens, HC).sigmoid() * 2,
+        "comb": normal(tokens, HC, HC).softmax(-1),
+        "fn": normal((2 + HC) * HC, HC * hidden, std=(HC * hidden) ** -0.5),
+        "base": normal((2 + HC) * HC),
+        "scale": torch.tensor([2.0, 0.02, 0.25], device="cuda"),
+        "norm_weight": normal(hidden) + 1,
+    }
+
+
+def eager(output, hidden_streams, post, comb, fn, base, scale, norm_weight):
+    """The boundary in Hugging Face's arithmetic."""
+    dtype = output.dtype
+    placed = post.to(dtype).unsqueeze(-1) * output.unsqueeze(-2)
+    streams = placed + torch.matmul(comb.to(dtype).transpose(-1, -2), hidden_streams)
+    flat = streams.flatten(-2).float()
+    flat = flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + EPS)
+    pre, post, comb = F.linear(flat, fn).split([HC, HC, HC * HC], dim=-1)
+    pre_base, post_base, comb_base = base.split([HC, HC, HC * HC])
+    pre = torch.sigmoid(pre * scale[0] + pre_base) + EPS
+    post = 2 * torch.sigmoid(post * scale[1] + post_base)
+    comb = torch.softmax((comb * scale[2] + comb_base).unflatten(-1, (HC, HC)), dim=-1) + EPS
+    comb = comb / (comb.sum(-2, keepdim=True) + EPS)
+    for _ in range(ITERS - 1):
+        comb = comb / (comb.sum(-1, keepdim=True) + EPS)
+        comb = comb / (comb.sum(-2, keepdim=True) + EPS)
+    collapsed = (pre.unsqueeze(-1) * streams).sum(-2).to(dtype).float()
+    normed = norm_weight * (collapsed * torch.rsqrt(collapsed.square().mean(-1, keepdim=True) + EPS))
+    return streams, post, comb, normed.to(dtype)
+
+
+def work(name: str, tensors: dict[str, torch.Tensor], implementation: str | None):
+    """A call of one operator, and the bytes it has to move (each input read once, each output written once)."""
+    t = dict(tensors)
+    if "post" not in name:
+        for key in ("output", "post", "comb"):
+            del t[key]
+    if name == "hc_post":
+        t = {key: t[key] for key in ("output", "hidden_streams", "post", "comb")}
+    if "head" in name:
+        t |= {"fn": t["fn"][:HC], "base": t["base"][:HC], "scale": t["scale"][:1]}
+    op = getattr(ops, name)
+
+    def call() -> object:
+        return op(**t, implementation=implementation)
+
+    results = call()
+    results = results if isinstance(results, tuple) else (results,)
+    return call, sum(x.numel() * x.element_size() for x in [*t.values(), *results])
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    result.add_argument("--widths", type=int, nargs="+", default=(4096, 7168))
+    result.add_argument("--no-inductor", action="store_true")
+    result.add_argument("--out", help="the JSON file to write; default: benchmarks/results/<gpu>/<date>-…")
+    return result
+
+
+def measure(arguments: argparse.Namespace, rows: list[dict]) -> None:
+    copy = _harness.copy_tb_s()
+    print(f"copy {copy:.2f} TB/s\n{'work':20} {'impl':10} {'D':>5} {'T':>6} {'timer':>6} {'us':>9}")
+
+    def add(name: str, impl: str, timer: str, us: float, hidden: int, tokens: int) -> None:
+        rows.append({"work": name, "impl": impl, "timer": timer, "us": round(us, 2), "T": tokens, "D": hidden})
+        rows[-1] |= {"hc_mult": HC, "dtype": "bfloat16"}
+        print(f"{name:20} {impl:10} {hidden:5} {tokens:6} {timer:>6} {us:9.2f}", flush=True)
+
+    for hidden in arguments.widths:
+        for tokens in arguments.tokens:
+            tensors = inputs(tokens, hidden)
+            timer = "graph" if tokens <= 1024 else "flush"
+            timed = getattr(_harness, timer)
+            names = ("hc_post_pre",)
+            if tokens in (1, 128, 4096):
+                names = ("hc_post_pre", "hc_pre", "hc_post", "hc_head", "hc_post_head")
+            for name in names:
+                label = name if name == "hc_post" else f"{name}_norm"
+                call, moved = work(name, tensors, None)
+                add(label, "ours", timer, timed(call), hidden, tokens)
+                add(label, "floor", timer, moved / copy * 1e-6, hidden, tokens)
+                if name == "hc_post_pre" and tokens in (1, 128):
+                    add(label, "ours", "wall", _harness.wall(call), hidden, tokens)
+                if name == "hc_post_pre":
+                    for implementation in IMPLEMENTATIONS:
+                        try:
+                            call, _ = work(name, tensors, implementation)
+                        except ValueError as error:
+                            if tokens == arguments.tokens[0]:
+                                print(f"skipped: {error}")
+                            continue
+                        add(label, f"ours ({implementation})", timer, timed(call), hidden, tokens)
+    for hidden in arguments.widths if not arguments.no_inductor else ():
+        for tokens in (count for count in arguments.tokens if count in INDUCTOR_TOKENS):
+            tensors = inputs(tokens, hidden)
+            timer = "graph" if tokens <= 1024 else "flush"
+            torch._dynamo.reset()
+            compiled = torch.compile(eager, dynamic=False)
+            us = getattr(_harness, timer)(lambda: compiled(**tensors))
+            add("hc_post_pre_norm", "inductor", timer, us, hidden, tokens)
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device")
+    rows: list[dict] = []
+    try:
+        with torch.no_grad():
+            measure(arguments, rows)
+    finally:  # an interrupted run keeps what it has
+        _harness.write(rows, "hyper_connection", arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""One small launch of every kernel, for NVIDIA's compute-sanitizer:
+
+compute-sanitizer --tool memcheck python tools/sanitize.py triton
+compute-sanitizer --tool racecheck python tools/sanitize.py triton
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from tests.ops.test_hyper_connection import OPS, arguments, outputs
+
+implementation = sys.argv[1] if len(sys.argv) > 1 else "triton"
+for name in OPS:
+    for tokens in (1, 17, 301):
+        tensors = arguments(name, (tokens,), 4096 if tokens == 17 else 192, dtype=torch.bfloat16, device="cuda")
+        results = outputs(name, tensors, implementation=implementation)
+        torch.cuda.synchronize()
+        assert all(result.isfinite().all() for result in results)
+        print(name, tokens, flush=True)
