@@ -282,7 +282,8 @@ print(counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxg
 
 def cache_hits(cache: Path, strict: int, package: Path = ROOT) -> int:
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": prepend(package)}
-    done = subprocess.run([sys.executable, "-c", CACHED % strict], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", CACHED % strict]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=package)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])
 
