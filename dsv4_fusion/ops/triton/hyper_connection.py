@@ -192,11 +192,10 @@ def _project(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """work[part, token] = partial projection (MIX columns), partial sum of squares, three zeros."""
-    if PDL == 1:
+    if PDL:
         gdc_launch_dependents()
     SPLITS: tl.constexpr = (D + BLOCK_D * STEPS - 1) // (BLOCK_D * STEPS)
     pid = tl.program_id(0)
@@ -211,7 +210,7 @@ def _project(
     squares = tl.zeros([TOKENS], tl.float32)
     if POST:
         coefficients = _load_coefficients(post_ptr + t * HC, comb_ptr + t * (HC * HC), row_mask, HC)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
+    for step in range(STEPS):
         first_d = (split * STEPS + step) * BLOCK_D
         d = first_d + tl.arange(0, BLOCK_D)[None, :]
         mask = row_mask
@@ -238,8 +237,6 @@ def _project(
         if STORE:  # after the dots: their fence waits for every store before it
             for i in tl.static_range(HC):
                 tl.store(new_ptr + t * (HC * D) + i * D + d, streams[i], mask=mask)
-    if PDL == 2:
-        gdc_launch_dependents()
     row = tl.arange(0, ROWS)
     part = work_ptr + split.to(tl.int64) * T * N
     kept = (row < TOKENS) & (first + row < T)
@@ -365,10 +362,7 @@ def _collapse(
         streams = _widen_all(streams, HC)
         y = _widen(y)
     for k in tl.static_range(HC):
-        if POST:
-            new = _mix(y, streams, coefficients, x_ptr.dtype.element_ty, k, HC)
-        else:
-            new = streams[k]
+        new = _mix(y, streams, coefficients, x_ptr.dtype.element_ty, k, HC) if POST else streams[k]
         wide = tl.fma(_widen(new), tl.sum(tl.where(n == k, pre, 0.0), 0), wide)
     out = _round(wide, out_ptr.dtype.element_ty)
     if NORM:
@@ -442,15 +436,12 @@ class _Plan:
     tokens: int
     block_d: int
     steps: int  # slices that a program of _project adds up
-    stages: int
     options: dict
     parts: int  # partials that a token is left with
     group: int  # how many of them _finish adds before the groups
     groups: int  # a power of two
     row: int
     row_options: dict
-    pdl: int
-    rows: int
 
 
 def _has_dependent_launch(device: torch.device) -> bool:
@@ -461,7 +452,7 @@ def _has_dependent_launch(device: torch.device) -> bool:
 def _plan(hc: int, d: int, mix: int, dtype: torch.dtype, few: bool, device: torch.device) -> _Plan:
     block_d = 32 if hc <= 4 else 16
     tokens, steps, group, warps = (32, 1, GROUP, 4) if few else (64, GROUP, 1, 8)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
     if not few and hc <= 4 and dtype == torch.bfloat16:
         options["maxnreg"] = 128  # two programs a multiprocessor
     row = triton.next_power_of_2(d)
@@ -473,15 +464,12 @@ def _plan(hc: int, d: int, mix: int, dtype: torch.dtype, few: bool, device: torc
         tokens=tokens,
         block_d=block_d,
         steps=steps,
-        stages=1,
         options=options,
         parts=triton.cdiv(d, block_d * steps),
         group=group,
         groups=triton.next_power_of_2(triton.cdiv(d, block_d * GROUP)),
         row=row,
         row_options=row_options,
-        pdl=1,
-        rows=ROWS,
     )
 
 
@@ -512,11 +500,11 @@ def _fused(output, streams, post, comb, fn, base, scale, weight, rms_eps, hc_eps
         return new, new_post, new_comb, collapsed
     plan = _plan(hc, d, mix, streams.dtype, tokens <= FEW_TOKENS, streams.device)
     work = streams.new_empty([plan.parts, tokens, plan.n], dtype=torch.float32)
-    pdl = plan.pdl if "launch_pdl" in plan.row_options else 0
+    pdl = "launch_pdl" in plan.row_options
     with _on(streams.device):
         _project[(plan.parts * triton.cdiv(tokens, plan.tokens),)](
             output, streams, post, comb, new, fn, work, tokens,
-            d, hc, mix, plan.n, mixed, store, plan.tokens, plan.rows, plan.block_d, plan.steps, plan.stages, pdl,
+            d, hc, mix, plan.n, mixed, store, plan.tokens, ROWS, plan.block_d, plan.steps, pdl,
             **plan.options,
         )  # fmt: skip
         again = mixed and not store  # the new streams were not written: _finish mixes them once more

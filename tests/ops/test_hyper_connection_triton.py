@@ -1,0 +1,320 @@
+"""The Triton kernels of mHC: interpreted on the CPU against the reference, and on a GPU against float64.
+
+Run as a script with TRITON_INTERPRET=1, this file compares the interpreted kernels and prints the errors as JSON; a
+test does that in one subprocess, because Triton reads the variable when it is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dsv4_fusion import ops
+from dsv4_fusion.ops import hyper_connection as hc
+
+PRE, POST, POST_PRE, HEAD, POST_HEAD = NAMES = ("hc_pre", "hc_post", "hc_post_pre", "hc_head", "hc_post_head")
+REFERENCES = {name: getattr(hc, f"{name}_ref") for name in NAMES}
+PER_TOKEN = ("output", "hidden_streams", "post", "comb")
+SHARED = ("fn", "base", "scale", "norm_weight")
+ARGUMENTS = {PRE: PER_TOKEN[1:2] + SHARED, POST: PER_TOKEN, POST_PRE: PER_TOKEN + SHARED}
+ARGUMENTS |= {HEAD: ARGUMENTS[PRE], POST_HEAD: ARGUMENTS[POST_PRE]}
+
+
+def make_inputs(
+    name: str,
+    lead: tuple[int, ...],
+    d: int,
+    streams: int = 4,
+    dtype: torch.dtype = torch.float32,
+    parameters: torch.dtype = torch.float32,
+    norm: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, torch.Tensor | None]:
+    """Inputs as a model has them: a projection of size 1 / √K, and mixes that are scaled far, hardly and a little."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    mix = streams if "head" in name else (2 + streams) * streams
+    scale = torch.tensor([2.0, 0.02, 0.25][: 1 if "head" in name else 3], device=device)
+    inputs = {
+        "output": normal(*lead, d).to(dtype),
+        "hidden_streams": normal(*lead, streams, d).to(dtype),
+        "post": 2 * torch.sigmoid(normal(*lead, streams)),
+        "comb": torch.softmax(normal(*lead, streams, streams), -1),
+        "fn": (normal(mix, streams * d) / math.sqrt(streams * d)).to(parameters),
+        "base": normal(mix).to(parameters),
+        "scale": scale.to(parameters),
+        "norm_weight": (1 + 0.1 * normal(d)).to(parameters) if norm else None,
+    }
+    return {key: inputs[key] for key in ARGUMENTS[name]}
+
+
+def as_list(result: torch.Tensor | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def run(name: str, inputs: dict) -> list[torch.Tensor]:
+    return as_list(getattr(ops, name)(**inputs, implementation="triton"))
+
+
+def errors(name: str, inputs: dict, outputs: list[torch.Tensor]) -> list[dict[str, float]]:
+    """For each output, how far it and the reference in the inputs' own precision are from float64.
+
+    What follows from rounded streams is judged on the streams as they were rounded: a tie may fall either way.
+    """
+    if name == POST_PRE:
+        after = {"hidden_streams": outputs[0], **{key: inputs[key] for key in SHARED}}
+        before = {key: inputs[key] for key in PER_TOKEN}
+        return errors(POST, before, outputs[:1]) + errors(PRE, after, outputs[1:])
+    plain = as_list(REFERENCES[name](**inputs))
+    if name == POST_HEAD:
+        name = HEAD
+        streams = hc.hc_post_ref(*(inputs[key] for key in PER_TOKEN))
+        inputs = {"hidden_streams": streams, **{key: inputs[key] for key in SHARED}}
+    exact = REFERENCES[name](**{key: None if value is None else value.double() for key, value in inputs.items()})
+    found = []
+    for output, ours, best in zip(outputs, plain, as_list(exact), strict=True):
+        assert (output.shape, output.dtype) == (ours.shape, ours.dtype)
+        assert output.is_contiguous()
+        norm, largest = best.norm(), best.abs().max()
+        found.append(
+            {
+                "norm": ((output - best).norm() / norm).item(),
+                "norm of reference": ((ours - best).norm() / norm).item(),
+                "largest": ((output - best).abs().max() / largest).item(),
+                "largest of reference": ((ours - best).abs().max() / largest).item(),
+            }
+        )
+    return found
+
+
+def assert_exact(found: list[dict[str, float]], slack: float = 2**-22) -> None:
+    """No larger than the rounding of the reference; the slack is two bits of fp32, where that rounding is luck."""
+    for index, error in enumerate(found):
+        for key in ("norm", "largest"):
+            assert error[key] <= 1.05 * error[f"{key} of reference"] + slack, (index, key, error)
+
+
+# Interpreted
+
+CASES = {
+    "fp32": {"lead": (3,), "d": 64},
+    "bf16, odd T, tail of D": {"lead": (7,), "d": 72, "dtype": torch.bfloat16},
+    "two tiles of tokens": {"lead": (33,), "d": 8, "dtype": torch.bfloat16},
+    "D 96, no norm": {"lead": (2,), "d": 96, "dtype": torch.bfloat16, "norm": False},
+    "bf16 parameters": {"lead": (2,), "d": 64, "dtype": torch.bfloat16, "parameters": torch.bfloat16},
+    "fp16": {"lead": (2,), "d": 64, "dtype": torch.float16, "parameters": torch.float16},
+    "2 streams": {"lead": (3,), "d": 64, "streams": 2, "dtype": torch.bfloat16},
+    "8 streams": {"lead": (1,), "d": 40, "streams": 8},
+    "1 stream": {"lead": (1, 2), "d": 64, "streams": 1, "dtype": torch.bfloat16, "norm": False},
+    "two groups of slices": {"lead": (1,), "d": 32 * 17, "dtype": torch.bfloat16},
+}
+MANY = ("bf16, odd T, tail of D", "8 streams", "two groups of slices")  # again, as if there were many tokens
+
+
+def run_interpreted() -> dict[str, list]:
+    from dsv4_fusion.ops.triton import hyper_connection as kernels
+
+    found = {}
+    for few, cases in ((kernels.FEW_TOKENS, list(CASES)), (0, MANY)):
+        kernels.FEW_TOKENS = few
+        for case, name in itertools.product(cases, NAMES):
+            inputs = make_inputs(name, **CASES[case])
+            found[f"{name}: {case}{'' if few else ' (many)'}"] = errors(name, inputs, run(name, inputs))
+    for name in NAMES:
+        assert all(output.numel() == 0 for output in run(name, make_inputs(name, (2, 0), 64)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, list]:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", [*CASES, *(f"{case} (many)" for case in MANY)])
+@pytest.mark.parametrize("name", NAMES)
+def test_interpreted(interpreted, name, case):
+    assert_exact(interpreted[f"{name}: {case}"])
+
+
+# On a GPU
+
+TOKENS = (0, 1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 128, 129, 256, 257, 511, 512, 513, 1000, 4096, 16384)
+WIDTHS = (4096, 7168)
+
+
+def poison(outputs: list[torch.Tensor]) -> None:
+    """Fill freed memory with NaN, of the sizes that the next call asks for."""
+    blocks = [torch.full_like(output, math.nan) for output in outputs for _ in range(2)]
+    blocks.append(torch.full((2**22,), math.nan, device="cuda"))
+    del blocks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_against_float64(name, d, norm):
+    if name == POST and norm:
+        pytest.skip("post has no norm")
+    for tokens in TOKENS:
+        inputs = make_inputs(name, (tokens,), d, dtype=torch.bfloat16, norm=norm, device="cuda", seed=tokens)
+        poison(as_list(REFERENCES[name](**inputs)))
+        outputs = run(name, inputs)
+        if tokens == 0:
+            assert all(output.numel() == 0 for output in outputs)
+            continue
+        assert all(output.isfinite().all() for output in outputs), f"unwritten output at {tokens} tokens"
+        assert_exact(errors(name, inputs, outputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"dtype": torch.float32},
+        {"dtype": torch.float16},
+        {"dtype": torch.float16, "parameters": torch.float16},
+        {"dtype": torch.bfloat16, "parameters": torch.bfloat16},
+        {"dtype": torch.bfloat16, "parameters": torch.float64},
+        {"dtype": torch.bfloat16, "streams": 1},
+        {"dtype": torch.bfloat16, "streams": 2},
+        {"dtype": torch.bfloat16, "streams": 8},
+        {"dtype": torch.float32, "streams": 8},
+        {"dtype": torch.bfloat16, "d": 8},
+        {"dtype": torch.bfloat16, "d": 1000},
+    ],
+    ids=str,
+)
+def test_other_sizes_and_dtypes(case):
+    for name, tokens in itertools.product(NAMES, (3, 700)):
+        inputs = make_inputs(name, (tokens,), device="cuda", **{"d": 1024, **case})
+        assert_exact(errors(name, inputs, run(name, inputs)))
+
+
+@pytest.mark.gpu
+def test_bf16_post_and_comb():
+    inputs = make_inputs(POST_PRE, (5,), 4096, dtype=torch.bfloat16, device="cuda")
+    inputs |= {key: inputs[key].bfloat16() for key in ("post", "comb")}
+    assert_exact(errors(POST_PRE, inputs, run(POST_PRE, inputs)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_invariance(name, d):
+    """A row gives the same bits alone and as the first, the middle and the last of any batch."""
+    needle = make_inputs(name, (1,), d, dtype=torch.bfloat16, device="cuda", seed=1)
+    alone = run(name, needle)
+    for tokens in TOKENS[1:]:
+        batch = make_inputs(name, (tokens,), d, dtype=torch.bfloat16, device="cuda", seed=2)
+        places = (0, tokens // 2, tokens - 1)
+        for key, value in needle.items():
+            if key in SHARED:
+                batch[key] = value
+            else:
+                batch[key][list(places)] = value
+        for output, expected in zip(run(name, batch), alone, strict=True):
+            for place in places:
+                assert torch.equal(output[place], expected[0]), f"row {place} of {tokens}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [{"dtype": torch.float32}, {"dtype": torch.float16}, {"streams": 8}, {"streams": 2}])
+def test_batch_invariance_of_other_kernels(case):
+    case = {"dtype": torch.bfloat16, **case}
+    for name in NAMES:
+        batch = make_inputs(name, (1200,), 1032, device="cuda", **case)
+        outputs = run(name, batch)
+        for first, last in ((0, 1), (1199, 1200), (600, 800)):
+            part = {key: value if key in SHARED else value[first:last] for key, value in batch.items()}
+            for output, expected in zip(run(name, part), outputs, strict=True):
+                assert torch.equal(output, expected[first:last])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [3, 700])
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_graph_with_new_inputs(name, tokens):
+    static = make_inputs(name, (tokens,), 4096, dtype=torch.bfloat16, device="cuda")
+    run(name, static)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(name, static)
+    for seed in range(1, 4):
+        fresh = make_inputs(name, (tokens,), 4096, dtype=torch.bfloat16, device="cuda", seed=seed)
+        for key, value in fresh.items():
+            static[key].copy_(value)
+        for output in captured:
+            output.fill_(math.nan)
+        graph.replay()
+        for output, expected in zip(captured, run(name, fresh), strict=True):
+            assert torch.equal(output, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+def test_overlapping_calls(tokens):
+    """Two streams at once, and on each call after call: no launch reads a workspace before it is filled."""
+    sets = [make_inputs(POST_PRE, (tokens,), 4096, dtype=torch.bfloat16, device="cuda", seed=i) for i in range(4)]
+    expected = [run(POST_PRE, inputs) for inputs in sets]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    kept = []
+    for turn in range(60):
+        for index, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                which = 2 * index + turn % 2
+                kept.append((which, run(POST_PRE, sets[which])))
+    torch.cuda.synchronize()
+    for which, outputs in kept:
+        assert all(torch.equal(output, value) for output, value in zip(outputs, expected[which], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_that_are_not_contiguous(name):
+    inputs = make_inputs(name, (6, 5), 4096, dtype=torch.bfloat16, device="cuda")
+    strided = {}
+    for key, value in inputs.items():
+        wider = torch.empty(*value.shape[:-1], 2 * value.shape[-1], dtype=value.dtype, device="cuda")
+        strided[key] = wider[..., ::2].copy_(value)
+        assert value.shape[-1] == 1 or not strided[key].is_contiguous()
+    for output, expected in zip(run(name, strided), run(name, inputs), strict=True):
+        assert torch.equal(output, expected)
+
+
+@pytest.mark.gpu
+def test_the_token_count_compiles_nothing():
+    """Two pairs of kernels serve every token count: few and many."""
+    triton = pytest.importorskip("triton")
+    compiled, hook = [], triton.knobs.runtime.jit_post_compile_hook
+    triton.knobs.runtime.jit_post_compile_hook = lambda *args, **kwargs: compiled.append(kwargs["fn"].name)
+    try:
+        for tokens in TOKENS:
+            run(POST_PRE, make_inputs(POST_PRE, (tokens,), 520, dtype=torch.bfloat16, device="cuda"))
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = hook
+    assert len(compiled) == 4, compiled
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_interpreted()))
