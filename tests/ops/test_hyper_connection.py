@@ -329,13 +329,14 @@ def test_every_operator(implementation, name, dtype, hc, hidden):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [4096, 7168])
 @pytest.mark.parametrize("name", OPS)
-def test_a_row_has_the_same_bits_in_every_batch(implementation, name):
-    needle = arguments(name, (1,), 4096, dtype=torch.bfloat16, device="cuda", seed=1)
+def test_a_row_has_the_same_bits_in_every_batch(implementation, name, hidden):
+    needle = arguments(name, (1,), hidden, dtype=torch.bfloat16, device="cuda", seed=1)
     alone = outputs(name, needle, implementation=implementation)
     per_token = ("output", "hidden_streams", "post", "comb")
     for tokens in TOKENS[1:]:
-        batch = arguments(name, (tokens,), 4096, dtype=torch.bfloat16, device="cuda", seed=2) | {
+        batch = arguments(name, (tokens,), hidden, dtype=torch.bfloat16, device="cuda", seed=2) | {
             key: value for key, value in needle.items() if key not in per_token
         }
         places = sorted({0, tokens // 2, tokens - 1})

@@ -1,4 +1,4 @@
-"""The TileLang hyper-connection kernels: compiled for Hopper anywhere; on a GPU, right and batch-invariant."""
+"""The TileLang kernels of mHC: compiled for Hopper anywhere; on a GPU what test_hyper_connection.py does not cover."""
 
 import itertools
 import re
@@ -13,10 +13,6 @@ from dsv4_fusion.ops import hyper_connection as ops
 tilelang = pytest.importorskip("tilelang")
 from dsv4_fusion.ops.tilelang import hyper_connection as kernels  # noqa: E402
 
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 TOKENS = (1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 128, 129, 192, 256, 1000, 4096)
 
 
@@ -69,27 +65,6 @@ def test_compiles_for_hopper_without_spills(key, tmp_path):
     assert max(spills) <= (64 if hc == 8 else 0), spills  # 8 streams fill the registers; no model has them yet
 
 
-@pytest.mark.parametrize(
-    ("dtype", "hc", "hidden", "word"),
-    [
-        (torch.bfloat16, 4, 64, None),
-        (torch.bfloat16, 2, 16384, None),
-        (torch.float16, 4, 64, "bfloat16"),
-        (torch.float32, 4, 64, "bfloat16"),
-        (torch.bfloat16, 3, 64, "streams"),
-        (torch.bfloat16, 4, 96, "64"),
-        (torch.bfloat16, 4, 16448, "16384"),
-    ],
-)
-def test_limits_name_the_reason(dtype, hc, hidden, word):
-    streams = torch.empty(2, hc, hidden, dtype=dtype)
-    pre = (streams, torch.empty(1, 1), torch.empty(1), torch.empty(3))
-    post = (torch.empty(2, hidden, dtype=dtype), streams, torch.empty(2, hc), torch.empty(2, hc, hc))
-    for arguments in (pre, post):
-        reason = kernels.limits(*arguments)
-        assert reason is None if word is None else word in reason
-
-
 # On a GPU
 
 
@@ -129,13 +104,7 @@ def check_pre(results, streams, parameters):
         assert error(got, expected) < bound
 
 
-def gpu(function):
-    for mark in on_gpu:
-        function = mark(function)
-    return function
-
-
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("hc", [2, 4, 8])
 @pytest.mark.parametrize("hidden", [64, 192, 4096, 5120, 7168, 16384])
 def test_matches_float64(hidden, hc):
@@ -153,7 +122,7 @@ def test_matches_float64(hidden, hc):
         assert error(kernels.hc_head(new, *head[:3]), ops.hc_head_ref(new.double(), *double(head[:3]))) < 4e-3
 
 
-@gpu
+@pytest.mark.gpu
 def test_every_element_is_written(monkeypatch):
     """Outputs and workspace are poisoned before the launch."""
     real_empty, real_like = torch.empty, torch.empty_like
@@ -184,13 +153,7 @@ def variant_rows(function, hidden):
     ]
 
 
-@gpu
-@pytest.mark.parametrize("hidden", [4096, 7168])
-def test_a_rows_bits_do_not_depend_on_the_batch(hidden):
-    assert variant_rows(kernels.hc_post_pre, hidden) == []
-
-
-@gpu
+@pytest.mark.gpu
 def test_the_invariance_test_sees_a_split_that_follows_the_batch():
     def following(output, streams, post, comb, fn, base, scale, norm_weight):
         flat = streams.flatten(-2).float()
@@ -202,43 +165,7 @@ def test_the_invariance_test_sees_a_split_that_follows_the_batch():
     assert variant_rows(following, 512)
 
 
-@gpu
-def test_graph_replay_follows_changed_inputs():
-    for tokens in (3, 520):
-        placing, parameters = make(tokens, 4096)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            kernels.hc_post_pre(*placing, *parameters)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = kernels.hc_post_pre(*placing, *parameters)
-        for seed in (1, 2):
-            changed, _ = make(tokens, 4096, seed=seed)
-            for held, fresh in zip(placing, changed, strict=True):
-                held.copy_(fresh)
-            graph.replay()
-            for got, want in zip(results, kernels.hc_post_pre(*changed, *parameters), strict=True):
-                assert torch.equal(got, want)
-
-
-@gpu
-def test_two_streams_at_once():
-    problems = [make(tokens, 4096, seed=tokens) for tokens in (5, 900)]
-    alone = [kernels.hc_post_pre(*placing, *parameters) for placing, parameters in problems]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    rounds = []
-    for _ in range(20):
-        for stream, (placing, parameters) in zip(streams, problems, strict=True):
-            with torch.cuda.stream(stream):
-                rounds.append(kernels.hc_post_pre(*placing, *parameters))
-    torch.cuda.synchronize()
-    for index, results in enumerate(rounds):
-        assert all(torch.equal(got, want) for got, want in zip(results, alone[index % 2], strict=True))
-
-
-@gpu
+@pytest.mark.gpu
 def test_no_tokens_odd_strides_and_leading_dimensions():
     placing, parameters = make(0, 64)
     assert [tuple(t.shape) for t in kernels.hc_post_pre(*placing, *parameters)] == [
@@ -265,10 +192,11 @@ def test_no_tokens_odd_strides_and_leading_dimensions():
         assert torch.equal(got, expected)
 
 
-@gpu
+@pytest.mark.gpu
 def test_two_compiles_serve_all_token_counts():
     kernels._entry.cache_clear()
+    kernels._entries.cache_clear()
     placing, parameters = make(4096, 192)
     for tokens in TOKENS:
         kernels.hc_post_pre(*(t[:tokens] for t in placing), *parameters)
-    assert kernels._entry.cache_info().misses <= 2
+    assert kernels._entry.cache_info().misses == 2

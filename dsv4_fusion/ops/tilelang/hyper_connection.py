@@ -194,20 +194,6 @@ def _plan(hidden: int, hc: int, mix: int, device: torch.device) -> tuple[int, in
 # Launch
 
 
-def limits(*tensors, **options) -> str | None:
-    """Why these kernels cannot take the arguments of an operator, or None; ``tensors`` begins as the operator does."""
-    placed = tensors[1].dim() == tensors[0].dim() + 1  # output, hidden_streams, ... or hidden_streams, fn, ...
-    streams = tensors[1] if placed else tensors[0]
-    hc, hidden = streams.shape[-2:]
-    if streams.dtype != torch.bfloat16:
-        return f"the TileLang kernels take bfloat16 streams, got {streams.dtype}"
-    if hc not in (2, 4, 8):
-        return f"the TileLang kernels take 2, 4 or 8 streams, got {hc}"
-    if hidden % 64 or hidden > 16384:
-        return f"the TileLang kernels take hidden sizes that are multiples of 64 up to 16384, got {hidden}"
-    return None
-
-
 def _dense(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """As the kernels read it: this dtype and shape, contiguous, at an address that 16 bytes divide."""
     if tensor.dtype != dtype:
