@@ -67,6 +67,11 @@ def expect(condition: Any, message: Callable[[], str]) -> None:
     torch._check_value(condition, message)
 
 
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
 def refuse_grad(tensors: Sequence[torch.Tensor | None]) -> None:
     """Raise if autograd would record this call: no operator here has a backward."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -111,12 +116,8 @@ def define(
             if reason is None:
                 usable.append(candidate)
             else:
-                logger.warning("%s::%s: %s; trying the next implementation", NAMESPACE, name, reason)
+                _say_once(f"{reason}; the next implementation is used")
         return usable
-
-    @functools.cache
-    def say(what: str) -> None:
-        logger.warning("%s::%s: %s", NAMESPACE, name, what)
 
     @functools.cache
     def kernel(implementation: str) -> Callable[..., Any]:
@@ -131,8 +132,8 @@ def define(
                 reason = candidate.limits(*args, **kwargs) if candidate.limits else None
                 if reason is None:
                     return kernel(candidate.name)
-                say(reason)
-            say(f"runs its PyTorch reference, which is slow: {reason}")
+                _say_once(f"{reason}; the next implementation is used")
+            _say_once(f"{NAMESPACE}::{name} runs its PyTorch reference, which is slow: {reason}")
             return reference
         if implementation == REFERENCE:
             return reference

@@ -12,8 +12,11 @@ Source: DeepSeek-V4 technical report, section 2.2; Xie et al., "mHC: Manifold-Co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ._library import Implementation, define, expect, refuse_grad
 
@@ -27,15 +30,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _mixes_ref(streams: torch.Tensor, fn: torch.Tensor, rms_eps: float) -> torch.Tensor:
+def _mixes_ref(streams: Tensor, fn: Tensor, rms_eps: float) -> Tensor:
     flat = streams.flatten(-2).to(_wide(streams.dtype))
     rsqrt = torch.rsqrt(flat.square().mean(-1, keepdim=True) + rms_eps)
     return F.linear(flat, fn.to(flat.dtype)) * rsqrt
 
 
-def _collapse_ref(
-    pre: torch.Tensor, streams: torch.Tensor, norm_weight: torch.Tensor | None, norm_eps: float
-) -> torch.Tensor:
+def _collapse_ref(pre: Tensor, streams: Tensor, norm_weight: Tensor | None, norm_eps: float) -> Tensor:
     collapsed = (pre.unsqueeze(-1) * streams.to(pre.dtype)).sum(-2).to(streams.dtype)
     if norm_weight is None:
         return collapsed
@@ -44,7 +45,7 @@ def _collapse_ref(
     return (norm_weight.to(pre.dtype) * wide).to(streams.dtype)
 
 
-def sinkhorn_ref(logits: torch.Tensor, hc_eps: float, sinkhorn_iters: int) -> torch.Tensor:
+def sinkhorn_ref(logits: Tensor, hc_eps: float, sinkhorn_iters: int) -> Tensor:
     """Softmax over the last dimension, then ``sinkhorn_iters`` Sinkhorn-Knopp passes; [..., HC, HC] to the same."""
     comb = torch.softmax(logits, dim=-1) + hc_eps
     comb = comb / (comb.sum(dim=-2, keepdim=True) + hc_eps)
@@ -55,8 +56,17 @@ def sinkhorn_ref(logits: torch.Tensor, hc_eps: float, sinkhorn_iters: int) -> to
 
 
 def hc_pre_ref(
-    hidden_streams, fn, base, scale, norm_weight=None, *, rms_eps=1e-6, hc_eps=1e-6, sinkhorn_iters=20, norm_eps=1e-6
-):
+    hidden_streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
+    *,
+    rms_eps: float = 1e-6,
+    hc_eps: float = 1e-6,
+    sinkhorn_iters: int = 20,
+    norm_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch form of :func:`hc_pre`."""
     hc = hidden_streams.shape[-2]
     mixes = _mixes_ref(hidden_streams, fn, rms_eps)
@@ -70,7 +80,7 @@ def hc_pre_ref(
     return post, comb, _collapse_ref(pre, hidden_streams, norm_weight, norm_eps)
 
 
-def hc_post_ref(output, hidden_streams, post, comb):
+def hc_post_ref(output: Tensor, hidden_streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """Plain PyTorch form of :func:`hc_post`."""
     wide = _wide(hidden_streams.dtype)
     placed = post.to(wide).unsqueeze(-1) * output.to(wide).unsqueeze(-2)
@@ -78,20 +88,50 @@ def hc_post_ref(output, hidden_streams, post, comb):
     return (placed + mixed).to(hidden_streams.dtype)
 
 
-def hc_post_pre_ref(output, hidden_streams, post, comb, fn, base, scale, norm_weight=None, **options):
+def hc_post_pre_ref(
+    output: Tensor,
+    hidden_streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
+    **options: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plain PyTorch form of :func:`hc_post_pre`."""
     streams = hc_post_ref(output, hidden_streams, post, comb)
     return streams, *hc_pre_ref(streams, fn, base, scale, norm_weight, **options)
 
 
-def hc_head_ref(hidden_streams, fn, base, scale, norm_weight=None, *, rms_eps=1e-6, hc_eps=1e-6, norm_eps=1e-6):
+def hc_head_ref(
+    hidden_streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
+    *,
+    rms_eps: float = 1e-6,
+    hc_eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+) -> Tensor:
     """Plain PyTorch form of :func:`hc_head`."""
     mixes = _mixes_ref(hidden_streams, fn, rms_eps)
     pre = torch.sigmoid(mixes * scale.to(mixes.dtype) + base.to(mixes.dtype)) + hc_eps
     return _collapse_ref(pre, hidden_streams, norm_weight, norm_eps)
 
 
-def hc_post_head_ref(output, hidden_streams, post, comb, fn, base, scale, norm_weight=None, **options):
+def hc_post_head_ref(
+    output: Tensor,
+    hidden_streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
+    **options: float,
+) -> Tensor:
     """Plain PyTorch form of :func:`hc_post_head`."""
     return hc_head_ref(hc_post_ref(output, hidden_streams, post, comb), fn, base, scale, norm_weight, **options)
 
@@ -99,7 +139,7 @@ def hc_post_head_ref(output, hidden_streams, post, comb, fn, base, scale, norm_w
 # Checks, in the real call and in the fake one
 
 
-def _check_streams(streams: torch.Tensor, *others: tuple[str, torch.Tensor | None]) -> tuple:
+def _check_streams(streams: Tensor, *others: tuple[str, Tensor | None]) -> tuple:
     expect(streams.dim() >= 2, lambda: f"hidden_streams must be [..., HC, D], got shape {tuple(streams.shape)}")
     expect(
         streams.dtype in _FLOATS,
@@ -119,7 +159,7 @@ def _check_streams(streams: torch.Tensor, *others: tuple[str, torch.Tensor | Non
     return lead, hc, hidden
 
 
-def _check_shape(label: str, tensor: torch.Tensor, expected: list) -> None:
+def _check_shape(label: str, tensor: Tensor, expected: list) -> None:
     expect(
         tensor.dim() == len(expected),
         lambda: f"{label} must have shape {expected}, got {list(tensor.shape)}",
@@ -134,8 +174,17 @@ def _check_eps(**values: float) -> None:
 
 
 def _check_pre(
-    hidden_streams, fn, base, scale, norm_weight=None, *, rms_eps=1e-6, hc_eps=1e-6, sinkhorn_iters=20, norm_eps=1e-6
-):
+    hidden_streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
+    *,
+    rms_eps: float = 1e-6,
+    hc_eps: float = 1e-6,
+    sinkhorn_iters: int = 20,
+    norm_eps: float = 1e-6,
+) -> None:
     _, hc, hidden = _check_streams(
         hidden_streams, ("fn", fn), ("base", base), ("scale", scale), ("norm_weight", norm_weight)
     )
@@ -149,7 +198,7 @@ def _check_pre(
     expect(sinkhorn_iters >= 1, lambda: f"sinkhorn_iters must be at least 1, got {sinkhorn_iters}")
 
 
-def _check_post(output, hidden_streams, post, comb):
+def _check_post(output: Tensor, hidden_streams: Tensor, post: Tensor, comb: Tensor) -> None:
     lead, hc, hidden = _check_streams(hidden_streams, ("output", output), ("post", post), ("comb", comb))
     expect(
         output.dtype == hidden_streams.dtype,
@@ -160,12 +209,32 @@ def _check_post(output, hidden_streams, post, comb):
     _check_shape("comb", comb, [*lead, hc, hc])
 
 
-def _check_post_pre(output, hidden_streams, post, comb, fn, base, scale, norm_weight=None, **options):
+def _check_post_pre(
+    output: Tensor,
+    hidden_streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
+    **options: float,
+) -> None:
     _check_post(output, hidden_streams, post, comb)
     _check_pre(hidden_streams, fn, base, scale, norm_weight, **options)
 
 
-def _check_head(hidden_streams, fn, base, scale, norm_weight=None, *, rms_eps=1e-6, hc_eps=1e-6, norm_eps=1e-6):
+def _check_head(
+    hidden_streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
+    *,
+    rms_eps: float = 1e-6,
+    hc_eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+) -> None:
     _, hc, hidden = _check_streams(
         hidden_streams, ("fn", fn), ("base", base), ("scale", scale), ("norm_weight", norm_weight)
     )
@@ -177,7 +246,17 @@ def _check_head(hidden_streams, fn, base, scale, norm_weight=None, *, rms_eps=1e
     _check_eps(rms_eps=rms_eps, hc_eps=hc_eps, norm_eps=norm_eps)
 
 
-def _check_post_head(output, hidden_streams, post, comb, fn, base, scale, norm_weight=None, **options):
+def _check_post_head(
+    output: Tensor,
+    hidden_streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
+    **options: float,
+) -> None:
     _check_post(output, hidden_streams, post, comb)
     _check_head(hidden_streams, fn, base, scale, norm_weight, **options)
 
@@ -185,15 +264,17 @@ def _check_post_head(output, hidden_streams, post, comb, fn, base, scale, norm_w
 # Fakes: every output is contiguous
 
 
-def _fake_streams(streams):
+def _fake_streams(streams: Tensor) -> Tensor:
     return streams.new_empty(streams.shape)
 
 
-def _fake_collapsed(streams):
+def _fake_collapsed(streams: Tensor) -> Tensor:
     return streams.new_empty([*streams.shape[:-2], streams.shape[-1]])
 
 
-def _fake_pre(hidden_streams, fn, base, scale, norm_weight=None, **options):
+def _fake_pre(
+    hidden_streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor | None = None, **options: float
+) -> tuple[Tensor, Tensor, Tensor]:
     *lead, hc, _ = hidden_streams.shape
     wide = _wide(hidden_streams.dtype)
     return (
@@ -203,29 +284,53 @@ def _fake_pre(hidden_streams, fn, base, scale, norm_weight=None, **options):
     )
 
 
-def _fake_post(output, hidden_streams, post, comb):
+def _fake_post(output: Tensor, hidden_streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return _fake_streams(hidden_streams)
 
 
-def _fake_post_pre(output, hidden_streams, post, comb, fn, base, scale, norm_weight=None, **options):
+def _fake_post_pre(
+    output: Tensor,
+    hidden_streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
+    **options: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _fake_streams(hidden_streams), *_fake_pre(hidden_streams, fn, base, scale)
 
 
-def _fake_head(hidden_streams, fn, base, scale, norm_weight=None, **options):
+def _fake_head(
+    hidden_streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor | None = None, **options: float
+) -> Tensor:
     return _fake_collapsed(hidden_streams)
 
 
-def _fake_post_head(output, hidden_streams, post, comb, fn, base, scale, norm_weight=None, **options):
+def _fake_post_head(
+    output: Tensor,
+    hidden_streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
+    **options: float,
+) -> Tensor:
     return _fake_collapsed(hidden_streams)
 
 
 # Operators
 
 
-def _limits(streams_at: int, compiler: str, dtypes: tuple[torch.dtype, ...], counts: tuple[int, ...]):
+def _limits(
+    streams_at: int, compiler: str, dtypes: tuple[torch.dtype, ...], counts: tuple[int, ...]
+) -> Callable[..., str | None]:
     """What the kernels of ``compiler`` take, where the streams are argument ``streams_at``."""
 
-    def limits(*tensors, **options) -> str | None:
+    def limits(*tensors: Tensor, **options: float) -> str | None:
         streams = tensors[streams_at]
         *_, hc, hidden = streams.shape
         if streams.dtype not in dtypes:
@@ -300,18 +405,18 @@ _hc_post_head = define(
 
 
 def hc_pre(
-    hidden_streams: torch.Tensor,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    norm_weight: torch.Tensor | None = None,
+    hidden_streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
     *,
     rms_eps: float = 1e-6,
     hc_eps: float = 1e-6,
     sinkhorn_iters: int = 20,
     norm_eps: float = 1e-6,
     implementation: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mixing weights of one sublayer, and its input collapsed from the streams.
 
     Args:
@@ -349,13 +454,13 @@ def hc_pre(
 
 
 def hc_post(
-    output: torch.Tensor,
-    hidden_streams: torch.Tensor,
-    post: torch.Tensor,
-    comb: torch.Tensor,
+    output: Tensor,
+    hidden_streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
     *,
     implementation: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Put a sublayer's output back into the streams: ``new[k] = post[k] · output + Σ_j comb[j, k] · streams[j]``.
 
     Args:
@@ -375,21 +480,21 @@ def hc_post(
 
 
 def hc_post_pre(
-    output: torch.Tensor,
-    hidden_streams: torch.Tensor,
-    post: torch.Tensor,
-    comb: torch.Tensor,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    norm_weight: torch.Tensor | None = None,
+    output: Tensor,
+    hidden_streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
     *,
     rms_eps: float = 1e-6,
     hc_eps: float = 1e-6,
     sinkhorn_iters: int = 20,
     norm_eps: float = 1e-6,
     implementation: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The boundary between two sublayers: :func:`hc_post` of one, then :func:`hc_pre` of the next.
 
     Args:
@@ -421,17 +526,17 @@ def hc_post_pre(
 
 
 def hc_head(
-    hidden_streams: torch.Tensor,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    norm_weight: torch.Tensor | None = None,
+    hidden_streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
     *,
     rms_eps: float = 1e-6,
     hc_eps: float = 1e-6,
     norm_eps: float = 1e-6,
     implementation: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Collapse the streams after the last layer, with the final norm if its weight is given.
 
     Args:
@@ -459,20 +564,20 @@ def hc_head(
 
 
 def hc_post_head(
-    output: torch.Tensor,
-    hidden_streams: torch.Tensor,
-    post: torch.Tensor,
-    comb: torch.Tensor,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    norm_weight: torch.Tensor | None = None,
+    output: Tensor,
+    hidden_streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None = None,
     *,
     rms_eps: float = 1e-6,
     hc_eps: float = 1e-6,
     norm_eps: float = 1e-6,
     implementation: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """:func:`hc_post` of the last sublayer, then :func:`hc_head`; the new streams are not written.
 
     Args and errors are those of the two; returns [..., D], contiguous, in the streams' dtype.

@@ -41,7 +41,7 @@ class FusionPass(CustomGraphPass):
     Args:
         options: what to do.
         on_report: called with the report of every graph.
-        before: the user's own ``joint_custom_pre_pass``, run first; or None.
+        before: the user's own ``joint_custom_pre_pass``, run first: a pass, a list of them, or None.
         rewrite: True rewrites on every device, None on CUDA, and on the CPU if ``options.reference``.
     """
 
@@ -54,12 +54,12 @@ class FusionPass(CustomGraphPass):
     ) -> None:
         self.options = options
         self.on_report = on_report
-        self.before = before
+        self.before: list[Any] = before if isinstance(before, list) else [before] if before is not None else []
         self.rewrite = rewrite
 
     def __call__(self, graph: Graph) -> None:
-        if self.before is not None:
-            self.before(graph)
+        for own in self.before:
+            own(graph)
         report, started = Report(nodes_before=len(graph.nodes), graphs=1), time.process_time()
         if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
             report.notes.append("a training graph was left alone: the operators have no backward; use torch.no_grad()")
@@ -73,15 +73,17 @@ class FusionPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Inductor's cache key: sources, versions, options, and the user's own pass."""
-        before = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
-        if self.before is not None and before is None:
+        if not all(isinstance(own, CustomGraphPass) and own.uuid() is not None for own in self.before):
             return None  # no key for the user's pass: Inductor then does not cache
+        before = tuple(own.uuid() for own in self.before)
         return (_source_hash(), _versions(), repr(self.options), self.rewrite, before)
 
     def fuse(self, graph: Graph, report: Report) -> None:
         claimed: set[Node] = set()
         failures: list[Failure] = []
         joints = _Joints()
+        order = {node: index for index, node in enumerate(graph.nodes)}
+        sites: list[tuple[int, Site]] = []
         for computation in COMPUTATIONS:
             for anchor in graph.find_nodes(op="call_function", target=computation.anchor):
                 if anchor in claimed or "val" not in anchor.meta:
@@ -94,9 +96,10 @@ class FusionPass(CustomGraphPass):
                 match, replacement = result
                 rewrite = self.rewrites(anchor)
                 path, name = _module_path(anchor), match.fusion.name
-                report.sites.append(Site(path, name, f"dsv4::{name}", len(match.nodes), rewrite))
+                sites.append((order[anchor], Site(path, name, f"dsv4::{name}", len(match.nodes), rewrite)))
                 claimed |= match.nodes
                 joints.add(match, path, _replace(graph, match, replacement) if rewrite else match.outputs)
+        report.sites += [site for _, site in sorted(sites, key=lambda entry: entry[0])]
         report.near_misses += _near_misses(failures, claimed) + joints.near_misses()
         if report.sites and not all(site.rewritten for site in report.sites):
             report.notes.append("on the CPU matches are left to Inductor; options={'reference': True} rewrites them")
@@ -228,9 +231,9 @@ class _Joints:
 
     def between(self, node: Node, producer: str) -> list[str] | None:
         """The nodes on the way back from ``node`` to an output of ``producer``; None if there is no way."""
-        paths = [(self.renamed.get(node, node), ())]
+        paths: list[tuple[Node, tuple[Node, ...]]] = [(node, ())]
         for _ in range(_APART):
-            further = []
+            further: list[tuple[Node, tuple[Node, ...]]] = []
             for at, way in paths:
                 at = self.renamed.get(at, at)
                 if self.produced.get(at) == producer:
@@ -269,7 +272,7 @@ def _source_hash() -> str:
 
 def _versions() -> tuple[str, ...]:
     """What the patterns and the kernels are made from."""
-    found = [torch.__version__]
+    found = [str(torch.__version__)]
     for name in ("transformers", "triton", "tilelang", "nvidia-cutlass-dsl"):
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")

@@ -256,6 +256,7 @@ def test_the_next_implementation_is_taken_and_said_once(monkeypatch, caplog):
         implementations=[triton],
     )
     (real,) = overloads
+    _library._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="dsv4_fusion"):
         assert [real(OnGpu()) for _ in range(3)] == ["reference"] * 3
     said = [record.message for record in caplog.records]
