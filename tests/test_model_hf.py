@@ -37,8 +37,7 @@ def keep_fp32(net: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("dtype", "batch", "length", "dynamic"),
     [
-        (torch.float32, 1, 33, None),
-        (torch.float32, 2, 1, None),
+        (torch.float32, 2, 33, None),
         (torch.float32, 2, 32, True),
         (torch.bfloat16, 1, 1, None),
         (torch.bfloat16, 2, 32, None),
@@ -105,8 +104,8 @@ def test_streams_returned_too():
     assert report.counts == {"hc_pre": 1, "hc_post_pre": 2 * LAYERS - 1, "hc_post": 1, "hc_head": 1}, report
 
 
-@pytest.mark.parametrize("changes", [{"hc_mult": 2}, {"hc_sinkhorn_iters": 3}, {"hc_eps": 1e-4, "rms_norm_eps": 1e-5}])
-def test_other_configurations(changes):
+def test_another_configuration():
+    changes = {"hc_mult": 2, "hc_sinkhorn_iters": 3, "hc_eps": 1e-4, "rms_norm_eps": 1e-5}
     report = dsv4_fusion.explain(model("tiny", 1, **changes), tokens(1, 32), use_cache=False)
     assert report.counts == whole_model(1), report
 

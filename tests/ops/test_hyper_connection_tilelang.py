@@ -1,6 +1,5 @@
 """The TileLang kernels of mHC: compiled for Hopper anywhere; on a GPU what test_hyper_connection.py does not cover."""
 
-import itertools
 import re
 import shutil
 import subprocess
@@ -19,25 +18,16 @@ TOKENS = (1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 128, 129, 192, 256, 1000, 4096)
 # Without a GPU
 
 
-PROGRAMS = [
-    (hidden, hc, placed, mixes, norm, wide)
-    for hidden, hc, (placed, mixes, norm), wide in itertools.product(
-        (4096,),
-        (4,),
-        ((True, "pre", True), (True, "pre", False), (False, "pre", True), (True, "", False), (True, "head", True)),
-        (False, True),
-    )
-] + [
+PROGRAMS = [  # every operator; both variants where the two launches are largest and smallest
+    (4096, 4, True, "pre", True, False),
+    (4096, 4, True, "pre", True, True),
+    (4096, 4, False, "pre", False, False),
+    (4096, 4, True, "", False, False),
+    (4096, 4, True, "", False, True),
+    (4096, 4, True, "head", True, True),
     (4096, 4, False, "head", True, False),
-    (5120, 4, True, "pre", True, True),
-    (7168, 4, True, "pre", True, False),
     (7168, 4, True, "pre", True, True),
-    (64, 2, True, "pre", True, False),
-    (192, 4, True, "pre", True, True),
     (192, 8, True, "pre", True, True),
-    (16384, 2, True, "pre", True, True),
-    (16384, 4, True, "pre", True, True),
-    (16384, 8, True, "pre", True, False),
 ]
 
 
@@ -45,11 +35,9 @@ PROGRAMS = [
 @pytest.mark.parametrize("key", PROGRAMS, ids=lambda key: "-".join(map(str, key)))
 def test_compiles_for_hopper_without_spills(key, tmp_path):
     target = tilelang.tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
-    with target:
-        kernel = tilelang.compile(
-            kernels._program(*key), target=target, execution_backend="tvm_ffi", pass_configs=kernels.PASS_CONFIGS
-        )
-    source = kernel.adapter.get_device_source()
+    passes = {getattr(name, "value", name): value for name, value in kernels.PASS_CONFIGS.items()}
+    with target, tilelang.tvm.transform.PassContext(opt_level=3, config=passes):
+        source = tilelang.lower(kernels._program(*key), target=target).kernel_source
     _, hc, _, mixes, _, _ = key
     assert source.count("tl::mma_sync") == (3 if mixes else 0)
     assert ("cudaGridDependencySynchronize" in source) == bool(mixes)
