@@ -110,8 +110,9 @@ def _versions() -> dict[str, str]:
 
 
 def write(rows: list[dict], what: str, out: str | None = None) -> Path:
-    """Write rows to ``out``, or to results/<gpu>/<date>-<what>.json; returns the path."""
-    gpu = torch.cuda.get_device_name()
+    """Write rows to ``out``, or to results/<gpu>/<date>-<what>.json (``cpu`` without one); returns the path."""
+    on_gpu = torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name() if on_gpu else "CPU"
     date = datetime.date.today().isoformat()
     path = Path(out) if out else RESULTS / gpu.split()[-1].lower() / f"{date}-{what}.json"
     content = {
@@ -119,8 +120,8 @@ def write(rows: list[dict], what: str, out: str | None = None) -> Path:
         "date": date,
         "commit": _commit(),
         "versions": _versions(),
-        "copy_tb_s": round(copy_tb_s(), 3),
-        "matmul_tflops": round(matmul_tflops(), 1),
+        "copy_tb_s": round(copy_tb_s(), 3) if on_gpu else None,
+        "matmul_tflops": round(matmul_tflops(), 1) if on_gpu else None,
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

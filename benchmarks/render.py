@@ -10,7 +10,7 @@ A table stands between ``<!-- table: WORK KEY=VALUE … -->`` and ``<!-- end -->
     rows=impl      the parameter down the side
     columns=T      the parameter across the top
     values=us      what the cells show; several (``values=us,kernels,peak_gib``) take the place of the columns
-    unit=us        us or ms, for times
+    unit=us        us, ms or s, for times
 
 Of two measurements of the same thing the newer file's counts. A table in which two measurements that differ in some
 other parameter compete for a cell is an error, which names that parameter. The JSON format is in CONTRIBUTING.md.
@@ -34,7 +34,7 @@ MEASURED = {"us", "kernels", "peak_gib", "compile_s"}  # every other key of a ro
 FILE_KEYS = {"gpu", "date", "commit", "versions", "rows"}
 FIRST, LAST = ["eager", "inductor"], ["ours", "floor"]  # the order of impl; the peers come between, by name
 TITLES = {"us": "{unit}", "peak_gib": "peak GiB", "compile_s": "compile s"}
-UNITS = {"us": ("µs", 1.0), "ms": ("ms", 1e-3)}
+UNITS = {"us": ("µs", 1.0), "ms": ("ms", 1e-3), "s": ("s", 1e-6)}
 
 Row = dict[str, Any]
 

@@ -77,7 +77,8 @@ def explain(
 ) -> Report:
     """Run ``model(*args, **kwargs)`` once and say what would be fused: no code is generated, no cache is used.
 
-    The graphs are rewritten on every device, the CPU too, so that the report shows what a GPU would run.
+    The graphs are rewritten on every device, the CPU too, so that the report shows what a GPU would run. Dynamo is
+    reset before and after: whatever was compiled in this process is compiled again at its next call.
 
     Args:
         model: a module or a function; it is not changed.

@@ -12,7 +12,9 @@ Source: DeepSeek-V4 technical report, section 2.2; Xie et al., "mHC: Manifold-Co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,34 +170,33 @@ def _check_shape(label: str, tensor: Tensor, expected: list) -> None:
         expect(got == want, lambda: f"{label} must have shape {expected}, got {list(tensor.shape)}")
 
 
-def _check_eps(**values: float) -> None:
-    for label, value in values.items():
-        expect(0 < value < float("inf"), lambda: f"{label} must be a positive, finite number, got {value}")
-
-
-def _check_pre(
+def _check_mixing(
+    mix: Callable[[int], int],
+    scales: int,
     hidden_streams: Tensor,
     fn: Tensor,
     base: Tensor,
     scale: Tensor,
     norm_weight: Tensor | None = None,
     *,
-    rms_eps: float = 1e-6,
-    hc_eps: float = 1e-6,
-    sinkhorn_iters: int = 20,
-    norm_eps: float = 1e-6,
+    sinkhorn_iters: int = 1,
+    **eps: float,
 ) -> None:
-    _, hc, hidden = _check_streams(
-        hidden_streams, ("fn", fn), ("base", base), ("scale", scale), ("norm_weight", norm_weight)
-    )
-    mix = (2 + hc) * hc
-    _check_shape("fn", fn, [mix, hc * hidden])
-    _check_shape("base", base, [mix])
-    _check_shape("scale", scale, [3])
+    """Of pre and head, which differ in the number of mixes and of scales."""
+    parameters = ("fn", fn), ("base", base), ("scale", scale), ("norm_weight", norm_weight)
+    _, hc, hidden = _check_streams(hidden_streams, *parameters)
+    _check_shape("fn", fn, [mix(hc), hc * hidden])
+    _check_shape("base", base, [mix(hc)])
+    _check_shape("scale", scale, [scales])
     if norm_weight is not None:
         _check_shape("norm_weight", norm_weight, [hidden])
-    _check_eps(rms_eps=rms_eps, hc_eps=hc_eps, norm_eps=norm_eps)
+    for label, value in eps.items():
+        expect(0 < value < float("inf"), lambda: f"{label} must be a positive, finite number, got {value}")
     expect(sinkhorn_iters >= 1, lambda: f"sinkhorn_iters must be at least 1, got {sinkhorn_iters}")
+
+
+_check_pre = functools.partial(_check_mixing, lambda hc: (2 + hc) * hc, 3)
+_check_head = functools.partial(_check_mixing, lambda hc: hc, 1)
 
 
 def _check_post(output: Tensor, hidden_streams: Tensor, post: Tensor, comb: Tensor) -> None:
@@ -210,115 +211,43 @@ def _check_post(output: Tensor, hidden_streams: Tensor, post: Tensor, comb: Tens
 
 
 def _check_post_pre(
-    output: Tensor,
-    hidden_streams: Tensor,
-    post: Tensor,
-    comb: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    norm_weight: Tensor | None = None,
-    **options: float,
+    output: Tensor, hidden_streams: Tensor, post: Tensor, comb: Tensor, *rest: Any, **options: Any
 ) -> None:
     _check_post(output, hidden_streams, post, comb)
-    _check_pre(hidden_streams, fn, base, scale, norm_weight, **options)
-
-
-def _check_head(
-    hidden_streams: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    norm_weight: Tensor | None = None,
-    *,
-    rms_eps: float = 1e-6,
-    hc_eps: float = 1e-6,
-    norm_eps: float = 1e-6,
-) -> None:
-    _, hc, hidden = _check_streams(
-        hidden_streams, ("fn", fn), ("base", base), ("scale", scale), ("norm_weight", norm_weight)
-    )
-    _check_shape("fn", fn, [hc, hc * hidden])
-    _check_shape("base", base, [hc])
-    _check_shape("scale", scale, [1])
-    if norm_weight is not None:
-        _check_shape("norm_weight", norm_weight, [hidden])
-    _check_eps(rms_eps=rms_eps, hc_eps=hc_eps, norm_eps=norm_eps)
+    _check_pre(hidden_streams, *rest, **options)
 
 
 def _check_post_head(
-    output: Tensor,
-    hidden_streams: Tensor,
-    post: Tensor,
-    comb: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    norm_weight: Tensor | None = None,
-    **options: float,
+    output: Tensor, hidden_streams: Tensor, post: Tensor, comb: Tensor, *rest: Any, **options: Any
 ) -> None:
     _check_post(output, hidden_streams, post, comb)
-    _check_head(hidden_streams, fn, base, scale, norm_weight, **options)
+    _check_head(hidden_streams, *rest, **options)
 
 
-# Fakes: every output is contiguous
+# Fakes: every output is contiguous; all shapes follow from the streams'
 
 
-def _fake_streams(streams: Tensor) -> Tensor:
-    return streams.new_empty(streams.shape)
+def _fake_collapsed(hidden_streams: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_streams.new_empty([*hidden_streams.shape[:-2], hidden_streams.shape[-1]])
 
 
-def _fake_collapsed(streams: Tensor) -> Tensor:
-    return streams.new_empty([*streams.shape[:-2], streams.shape[-1]])
-
-
-def _fake_pre(
-    hidden_streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor | None = None, **options: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    *lead, hc, _ = hidden_streams.shape
+def _fake_pre(hidden_streams: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *lead, hc, _hidden = hidden_streams.shape
     wide = _wide(hidden_streams.dtype)
-    return (
-        hidden_streams.new_empty([*lead, hc], dtype=wide),
-        hidden_streams.new_empty([*lead, hc, hc], dtype=wide),
-        _fake_collapsed(hidden_streams),
-    )
+    post = hidden_streams.new_empty([*lead, hc], dtype=wide)
+    comb = hidden_streams.new_empty([*lead, hc, hc], dtype=wide)
+    return post, comb, _fake_collapsed(hidden_streams)
 
 
-def _fake_post(output: Tensor, hidden_streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    return _fake_streams(hidden_streams)
+def _fake_post(output: Tensor, hidden_streams: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_streams.new_empty(hidden_streams.shape)
 
 
-def _fake_post_pre(
-    output: Tensor,
-    hidden_streams: Tensor,
-    post: Tensor,
-    comb: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    norm_weight: Tensor | None = None,
-    **options: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_streams(hidden_streams), *_fake_pre(hidden_streams, fn, base, scale)
+def _fake_post_pre(output: Tensor, hidden_streams: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    return _fake_post(output, hidden_streams), *_fake_pre(hidden_streams)
 
 
-def _fake_head(
-    hidden_streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_weight: Tensor | None = None, **options: float
-) -> Tensor:
-    return _fake_collapsed(hidden_streams)
-
-
-def _fake_post_head(
-    output: Tensor,
-    hidden_streams: Tensor,
-    post: Tensor,
-    comb: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    norm_weight: Tensor | None = None,
-    **options: float,
-) -> Tensor:
+def _fake_post_head(output: Tensor, hidden_streams: Tensor, *_: Any, **__: Any) -> Tensor:
     return _fake_collapsed(hidden_streams)
 
 
@@ -391,7 +320,7 @@ _hc_post_pre = define(
 _hc_head = define(
     f"hc_head(Tensor hidden_streams, {_PRE}, {_END}) -> Tensor",
     reference=hc_head_ref,
-    fake=_fake_head,
+    fake=_fake_collapsed,
     check=_check_head,
     implementations=_kernels("hc_head", 0),
 )
