@@ -190,7 +190,7 @@ def _run_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any
     def run(inputs: list[Any]) -> Any:
         return gm(*inputs)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
+    run._boxed_call = True  # type: ignore[attr-defined] # AOTAutograd then hands over its list of inputs
     return run
 
 

@@ -4,8 +4,11 @@ compute-sanitizer --tool memcheck python tools/sanitize.py triton
 compute-sanitizer --tool racecheck python tools/sanitize.py triton
 """
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else a write past a tensor can land in memory the pool holds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
