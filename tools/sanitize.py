@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from tests.ops.test_hyper_connection import OPS, arguments, outputs
+from tests.ops.test_hyper_connection import FORMS, arguments, outputs
 
 implementation = sys.argv[1] if len(sys.argv) > 1 else "triton"
-for name in OPS:
+for name in FORMS:
     for tokens in (1, 17, 301):
         tensors = arguments(name, (tokens,), 4096 if tokens == 17 else 192, dtype=torch.bfloat16, device="cuda")
         results = outputs(name, tensors, implementation=implementation)

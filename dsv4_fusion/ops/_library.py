@@ -3,6 +3,9 @@
 Every operator goes through :func:`define`. It uses ``torch.library.Library`` directly: a call costs about 5 µs on the
 CPU, against 22 µs through ``torch.library.custom_op``. The price is that nothing checks aliasing or autograd for us;
 ``tests/ops`` runs ``torch.library.opcheck`` on every operator, and :func:`refuse_grad` stands in for autograd.
+
+A launch-bound user pays for every microsecond here, so the checks and the choice of an implementation are remembered
+for the shapes, dtypes, strides and options that they were made for; a call that nothing traces skips the dispatcher.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +28,9 @@ NAMESPACE = "dsv4"
 REFERENCE = "reference"
 INSTALL_LINE = "pip install 'dsv4_fusion[cuda]'"
 COMPILERS = {"triton": "triton", "tilelang": "tilelang", "cutedsl": "cutlass"}  # implementation: module it needs
+REMEMBERED = 4096  # calls whose checks are remembered, an operator
 _library = torch.library.Library(NAMESPACE, "DEF")
+_preparers: dict[Any, Callable[..., None]] = {}  # an operator's overload: begins to compile its kernels
 
 
 @dataclass(frozen=True)
@@ -35,18 +41,21 @@ class Implementation:
         name: the kernel language, a key of COMPILERS, and what callers pass as ``implementation=``.
         entry: ``"module:function"``; imported at the first launch. The function takes the operator's arguments
             without ``implementation`` and returns what the operator returns.
-        limits: called with the operator's arguments; returns why this implementation cannot take them, or None.
+        limits: called with the operator's arguments; returns why this implementation cannot take them, or None. It
+            may depend on shapes, dtypes, strides, devices and options; not on addresses or contents.
         capability: the smallest CUDA compute capability it runs on.
+        prepare: ``"module:function"`` that takes the same arguments as ``entry``, reads only their metadata (they may
+            be fake), and compiles what a launch with any number of tokens would need.
     """
 
     name: str
     entry: str
     limits: Callable[..., str | None] | None = None
     capability: tuple[int, int] = (8, 0)
+    prepare: str | None = None
 
     def load(self) -> Callable[..., Any]:
-        module, function = self.entry.split(":")
-        return getattr(importlib.import_module(module), function)
+        return _load(self.entry)
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this implementation cannot run on ``device`` at all, or None."""
@@ -58,6 +67,11 @@ class Implementation:
             need, got = self.capability, torch.cuda.get_device_capability(device)
             return f"{self.name} needs compute capability {need[0]}.{need[1]}, this device has {got[0]}.{got[1]}"
         return None
+
+
+def _load(entry: str) -> Callable[..., Any]:
+    module, function = entry.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def expect(condition: Any, message: Callable[[], str]) -> None:
@@ -78,6 +92,46 @@ def refuse_grad(tensors: Sequence[torch.Tensor | None]) -> None:
         raise ValueError("an input requires grad, and there is no backward: use torch.no_grad(), or detach the input")
 
 
+@functools.cache
+def compiling() -> ThreadPoolExecutor:
+    """Threads in which kernels compile: the compilers are C++ and other processes, and run side by side."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="dsv4-compile")
+
+
+def prepare(operator: Any, *args: Any, **kwargs: Any) -> None:
+    """Begin to compile, in the background, what a call of ``operator`` with such arguments will launch.
+
+    Args:
+        operator: an overload of ``torch.ops.dsv4``; any other is none of ours, and nothing happens.
+        args, kwargs: its arguments; tensors may be fake.
+    """
+    if operator in _preparers:
+        _preparers[operator](*args, **kwargs)
+
+
+def _metadata(value: Any) -> Any:
+    """What the checks and limits of a call can depend on, of one argument."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.device, value.is_contiguous() or value.stride(), value.requires_grad
+    return value
+
+
+def _plain(args: tuple) -> bool:
+    """Whether nothing traces, wraps or intercepts this call, so that the dispatcher would only cost time."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    for value in args:
+        if (
+            type(value) is not torch.Tensor
+            and isinstance(value, torch.Tensor)
+            and type(value) is not torch.nn.Parameter
+        ):
+            return False
+    return True
+
+
 def define(
     schema: str,
     *,
@@ -86,7 +140,7 @@ def define(
     check: Callable[..., None],
     implementations: Sequence[Implementation] = (),
 ) -> Callable[..., Any]:
-    """Register ``dsv4::<schema>`` and return the callable overload.
+    """Register ``dsv4::<schema>`` and return what the public function calls.
 
     The schema's last argument has to be ``str? implementation=None``.
 
@@ -95,11 +149,12 @@ def define(
         reference: plain PyTorch; the implementation on the CPU, and the oracle of the tests.
         fake: shapes, dtypes and exact strides of the outputs; imports no kernel.
         check: raises ValueError on wrong arguments; runs in the real and in the fake call. The operator's name is
-            put before its message.
+            put before its message. It may depend on what ``limits`` may depend on, and on ``requires_grad``.
         implementations: GPU implementations, best first.
     """
     name = schema.partition("(")[0]
     table = {implementation.name: implementation for implementation in implementations}
+    plans: dict[tuple, Callable[..., Any]] = {}
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
     def checked(args: tuple, kwargs: dict) -> None:
@@ -119,24 +174,21 @@ def define(
                 _say_once(f"{reason}; the next implementation is used")
         return usable
 
-    @functools.cache
-    def kernel(implementation: str) -> Callable[..., Any]:
-        return table[implementation].load()
-
-    def choose(implementation: str | None, device: torch.device, args: tuple, kwargs: dict) -> Callable[..., Any]:
+    def choose(implementation: str | None, device: torch.device, args: tuple, kwargs: dict) -> Implementation | None:
+        """The implementation for a call; None for the reference."""
         if implementation is None:
             if device.type == "cpu":
-                return reference
+                return None
             reason = "no implementation is usable on this device"
             for candidate in automatic(device):
                 reason = candidate.limits(*args, **kwargs) if candidate.limits else None
                 if reason is None:
-                    return kernel(candidate.name)
+                    return candidate
                 _say_once(f"{reason}; the next implementation is used")
             _say_once(f"{NAMESPACE}::{name} runs its PyTorch reference, which is slow: {reason}")
-            return reference
+            return None
         if implementation == REFERENCE:
-            return reference
+            return None
         expect(
             implementation in table,
             lambda: (
@@ -147,16 +199,39 @@ def define(
         reason = asked.unavailable(device) or (asked.limits(*args, **kwargs) if asked.limits else None)
         if reason is not None:
             raise ValueError(f"{NAMESPACE}::{name} was asked for implementation {implementation!r}: {reason}")
-        return kernel(implementation)
+        return asked
 
     def real(*args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
-        checked(args, kwargs)
-        return choose(implementation, args[0].device, args, kwargs)(*args, **kwargs)
+        key = (implementation, torch.is_grad_enabled(), *map(_metadata, args), *kwargs.items())
+        launch = plans.get(key)
+        if launch is None:
+            checked(args, kwargs)
+            chosen = choose(implementation, args[0].device, args, kwargs)
+            launch = chosen.load() if chosen else reference
+            if len(plans) >= REMEMBERED:
+                plans.clear()
+            plans[key] = launch
+        return launch(*args, **kwargs)
 
     def abstract(*args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
         checked(args, kwargs)
         return fake(*args, **kwargs)
 
+    def preparing(*args: Any, implementation: str | None = None, **kwargs: Any) -> None:
+        def begin() -> None:  # what goes wrong here is raised by the launch
+            chosen = choose(implementation, args[0].device, args, kwargs)
+            if chosen is not None and chosen.prepare is not None:
+                _load(chosen.prepare)(*args, **kwargs)
+
+        if args[0].device.type != "cpu":
+            compiling().submit(begin)
+
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", abstract, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _preparers[overload] = preparing
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return real(*args, **kwargs) if _plain(args) else overload(*args, **kwargs)
+
+    return call

@@ -70,7 +70,9 @@ def hc_pre_ref(
     norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch form of :func:`hc_pre`."""
-    hc = hidden_streams.shape[-2]
+    *lead, _, hidden = hidden_streams.shape
+    hc = fn.shape[1] // hidden
+    hidden_streams = hidden_streams.expand(*lead, hc, hidden)
     mixes = _mixes_ref(hidden_streams, fn, rms_eps)
     base, scale = base.to(mixes.dtype), scale.to(mixes.dtype)
     pre, post, comb = mixes.split([hc, hc, hc * hc], dim=-1)
@@ -185,6 +187,8 @@ def _check_mixing(
     """Of pre and head, which differ in the number of mixes and of scales."""
     parameters = ("fn", fn), ("base", base), ("scale", scale), ("norm_weight", norm_weight)
     _, hc, hidden = _check_streams(hidden_streams, *parameters)
+    if hc == 1 and scales == 3 and fn.dim() == 2 and fn.shape[0] != 3:
+        hc = fn.shape[1] // hidden  # one stream stands for all of them
     _check_shape("fn", fn, [mix(hc), hc * hidden])
     _check_shape("base", base, [mix(hc)])
     _check_shape("scale", scale, [scales])
@@ -231,8 +235,9 @@ def _fake_collapsed(hidden_streams: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_streams.new_empty([*hidden_streams.shape[:-2], hidden_streams.shape[-1]])
 
 
-def _fake_pre(hidden_streams: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *lead, hc, _hidden = hidden_streams.shape
+def _fake_pre(hidden_streams: Tensor, fn: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *lead, _streams, hidden = hidden_streams.shape
+    hc = fn.shape[1] // hidden
     wide = _wide(hidden_streams.dtype)
     post = hidden_streams.new_empty([*lead, hc], dtype=wide)
     comb = hidden_streams.new_empty([*lead, hc, hc], dtype=wide)
@@ -243,8 +248,10 @@ def _fake_post(output: Tensor, hidden_streams: Tensor, *_: Any, **__: Any) -> Te
     return hidden_streams.new_empty(hidden_streams.shape)
 
 
-def _fake_post_pre(output: Tensor, hidden_streams: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-    return _fake_post(output, hidden_streams), *_fake_pre(hidden_streams)
+def _fake_post_pre(
+    output: Tensor, hidden_streams: Tensor, post: Tensor, comb: Tensor, fn: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, ...]:
+    return _fake_post(output, hidden_streams), *_fake_pre(hidden_streams, fn)
 
 
 def _fake_post_head(output: Tensor, hidden_streams: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -262,6 +269,8 @@ def _limits(
     def limits(*tensors: Tensor, **options: float) -> str | None:
         streams = tensors[streams_at]
         *_, hc, hidden = streams.shape
+        if streams_at == 0:
+            hc = tensors[1].shape[1] // hidden
         if streams.dtype not in dtypes:
             return f"the {compiler} kernels do not take {streams.dtype} streams"
         if hc not in counts:
@@ -281,6 +290,7 @@ def _kernels(function: str, streams_at: int) -> list[Implementation]:
             f"dsv4_fusion.ops.tilelang.hyper_connection:{function}",
             _limits(streams_at, "tilelang", (torch.bfloat16,), (2, 4, 8)),
             capability=(9, 0),
+            prepare=f"dsv4_fusion.ops.tilelang.hyper_connection:prepare_{function.removeprefix('hc_')}",
         ),
         Implementation(
             "triton",
@@ -349,7 +359,8 @@ def hc_pre(
     """Mixing weights of one sublayer, and its input collapsed from the streams.
 
     Args:
-        hidden_streams: [..., HC, D], bf16, fp16, fp32 or fp64.
+        hidden_streams: [..., HC, D], bf16, fp16, fp32 or fp64; or [..., 1, D] where all streams are the same, as
+            before the first layer: then a quarter of the bytes and of the products do (at HC 4).
         fn: [MIX, HC · D], the projection.
         base: [MIX], added to the scaled projection.
         scale: [3], factors of the pre, post and comb parts.

@@ -19,7 +19,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 
+from ..ops._library import prepare
 from ..options import FusionOptions
 from ..report import NearMiss, Report, Site
 from . import hyper_connection
@@ -187,6 +189,8 @@ def _replace(graph: Graph, match: Match, replacement: tuple[Graph, Node]) -> lis
             if node.op == "call_function":
                 copies[node] = graph.node_copy(node, copies.__getitem__)
                 copies[node].meta = {**origin, "val": node.meta["val"]} if "val" in node.meta else dict(origin)
+                values = map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+                prepare(node.target, *values[0], **values[1])  # while Inductor works on the rest
     outputs = [copies[node] for node in call.output_node().args[0]]
     for old, new in zip(match.outputs, outputs, strict=True):
         old.replace_all_uses_with(new)

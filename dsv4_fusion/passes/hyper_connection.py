@@ -22,7 +22,8 @@ aten = torch.ops.aten
 _MOST_STREAMS = 16
 _FAR = 64  # nodes looked at to find a site's streams
 _SCALARS = {"rms_eps": 0.0713, "hc_eps": 0.0319, "norm_eps": 0.0537}
-_PARAMETERS = frozenset({"fn", "base", "scale", "norm_weight"})
+_WEIGHTS = ("fn", "base", "scale")
+_PARAMETERS = frozenset({*_WEIGHTS, "norm_weight"})
 
 
 class Structure(NamedTuple):
@@ -40,22 +41,24 @@ def _modeling() -> ModuleType | None:
 
 def _structures(anchor: Node, hc: int, sinkhorn_iters: int = 1) -> Iterator[Structure]:
     if _modeling() is not None:
-        yield Structure(_streams_dtype(anchor, hc), hc, sinkhorn_iters)
+        streams = _streams(anchor, hc)
+        dtype = streams.meta["val"].dtype if streams is not None else torch.bfloat16
+        yield Structure(dtype, hc, sinkhorn_iters)
 
 
-def _streams_dtype(anchor: Node, hc: int) -> torch.dtype:
-    """The dtype of the nearest [B, S, HC, D] from which ``anchor`` is computed."""
+def _streams(anchor: Node, hc: int) -> Node | None:
+    """The nearest [B, S, HC, D] from which ``anchor`` is computed."""
     level, seen = [anchor], set()
     while level:
         for node in level:
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2] == hc and value.shape[3] > hc:
-                return value.dtype
+                return node
         seen.update(level)
         level = [source for node in level for source in node.all_input_nodes if source not in seen]
         if len(seen) > _FAR:
             break
-    return torch.bfloat16
+    return None
 
 
 # Sites: where a pattern may begin
@@ -80,6 +83,16 @@ def _sinkhorn_sites(node: Node) -> Iterator[Structure]:
         passes += current is not None
     if passes:
         yield from _structures(node, shape[-1], (passes + 1) // 2)  # a column pass, then rows and columns
+
+
+def _first_sites(node: Node) -> Iterator[Structure]:
+    """A Sinkhorn chain whose streams are the copies of one embedding."""
+    for structure in _sinkhorn_sites(node):
+        streams = _streams(node, structure.hc)
+        while streams is not None and streams.target in (aten.clone.default, aten._to_copy.default):
+            streams = streams.args[0]
+        if streams is not None and streams.target is aten.expand.default:
+            yield structure
 
 
 def _post_sites(node: Node) -> Iterator[Structure]:
@@ -141,32 +154,51 @@ def _post(ffn_hc: Any, output, hidden_streams, post, comb) -> None:
     inspect.unwrap(_modeling().DeepseekV4DecoderLayer.forward)(layer, hidden_streams)
 
 
+def _pre(structure: Structure, streams, fn, base, scale, norm_weight) -> dict[str, torch.Tensor]:
+    """A sublayer's input out of the streams."""
+    connection = SimpleNamespace(
+        hc_mult=structure.hc,
+        hc_sinkhorn_iters=structure.sinkhorn_iters,
+        hc_eps=_SCALARS["hc_eps"],
+        input_norm=_unweighted_norm,
+        fn=fn,
+        base=base,
+        scale=scale,
+    )
+    post, comb, collapsed = _modeling().DeepseekV4HyperConnection.forward(connection, streams)
+    normed = _rms_norm(collapsed, norm_weight)
+    return {"new_streams": streams, "new_post": post, "new_comb": comb, "collapsed": collapsed, "normed": normed}
+
+
 def _boundary(structure: Structure) -> Trace:
     """A sublayer's output into the streams, then the next sublayer's input out of them."""
     hc = structure.hc
 
-    def function(output, hidden_streams, post, comb, fn, base, scale, norm_weight):
-        connection = SimpleNamespace(
-            hc_mult=hc,
-            hc_sinkhorn_iters=structure.sinkhorn_iters,
-            hc_eps=_SCALARS["hc_eps"],
-            input_norm=_unweighted_norm,
-            fn=fn,
-            base=base,
-            scale=scale,
-        )
+    def function(output, hidden_streams, post, comb, **parameters):
         values = {}
 
         def ffn_hc(streams):
-            new_post, new_comb, collapsed = _modeling().DeepseekV4HyperConnection.forward(connection, streams)
-            values.update(new_streams=streams, new_post=new_post, new_comb=new_comb, collapsed=collapsed)
-            return new_post, new_comb, collapsed
+            values.update(_pre(structure, streams, **parameters))
+            return values["new_post"], values["new_comb"], values["collapsed"]
 
         _post(ffn_hc, output, hidden_streams, post, comb)
-        return values | {"normed": _rms_norm(values["collapsed"], norm_weight)}
+        return values
 
     constants = {"sinkhorn_iters": structure.sinkhorn_iters}
     return Trace(function, _tensors(structure, (2 + hc) * hc, 3), _SCALARS, _PARAMETERS, constants)
+
+
+def _beginning(structure: Structure) -> Trace:
+    """The embedding copied into all streams, then the first sublayer's input out of them."""
+    given = _tensors(structure, (2 + structure.hc) * structure.hc, 3)
+    tensors = {"embedding": given["output"]} | {name: given[name] for name in (*_WEIGHTS, "norm_weight")}
+
+    def function(embedding, **parameters):
+        streams = embedding.unsqueeze(2).expand(-1, -1, structure.hc, -1).contiguous()
+        return _pre(structure, streams, **parameters)
+
+    constants = {"sinkhorn_iters": structure.sinkhorn_iters}
+    return Trace(function, tensors, _SCALARS, _PARAMETERS, constants)
 
 
 def _end(structure: Structure) -> Trace:
@@ -192,8 +224,20 @@ def _end(structure: Structure) -> Trace:
 # Fusions: the cuts, largest first
 
 _POST = ("output", "hidden_streams", "post", "comb")
-_WEIGHTS = ("fn", "base", "scale")
 _PRE_OUT = ("new_post", "new_comb")
+
+
+def _pre_of_embedding(embedding, fn, *others, **options):
+    """The streams, which the sublayer's end needs, and hc_pre of the one that they all are."""
+    embedding = embedding.unsqueeze(-2)
+    streams = embedding.expand(*embedding.shape[:-2], fn.shape[1] // embedding.shape[-1], -1).contiguous()
+    return streams, *ops.hc_pre(embedding, fn, *others, **options)
+
+
+HC_PRE_OF_EMBEDDING = tuple(
+    Fusion("hc_pre", ("embedding", *_WEIGHTS, *norm), ("new_streams", *_PRE_OUT, out), _pre_of_embedding)
+    for norm, out in ((("norm_weight",), "normed"), ((), "collapsed"))
+)
 
 HC_POST_PRE = tuple(
     Fusion(
@@ -220,6 +264,7 @@ HC_HEAD = tuple(
 HC_POST = (Fusion("hc_post", _POST, ("new_streams",), ops.hc_post),)
 
 COMPUTATIONS = (
+    Computation(aten.exp.default, _first_sites, _beginning, HC_PRE_OF_EMBEDDING),
     Computation(aten.exp.default, _sinkhorn_sites, _boundary, (*HC_POST_PRE, *HC_PRE)),
     Computation(aten.sigmoid.default, _head_sites, _end, (*HC_POST_HEAD, *HC_HEAD)),
     Computation(aten.bmm.default, _post_sites, _end, HC_POST),

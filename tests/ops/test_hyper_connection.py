@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dsv4_fusion.ops import _library
 
 HC = 4
 OPS = ("hc_pre", "hc_post", "hc_post_pre", "hc_head", "hc_post_head")
+FORMS = (*OPS, "hc_pre of one stream")  # that stands for all: the operator's name, then what is special
 
 
 def arguments(
@@ -35,7 +37,7 @@ def arguments(
     mix = hc if "head" in name else (2 + hc) * hc
     every = {
         "output": normal(*lead, hidden).to(dtype),
-        "hidden_streams": normal(*lead, hc, hidden).to(dtype),
+        "hidden_streams": normal(*lead, 1 if "one stream" in name else hc, hidden).to(dtype),
         "post": normal(*lead, hc).sigmoid() * 2,
         "comb": normal(*lead, hc, hc).softmax(-1),
         "fn": normal(mix, hc * hidden) * (hc * hidden) ** -0.5,
@@ -49,7 +51,7 @@ def arguments(
 
 
 def outputs(name: str, tensors: dict, **options) -> tuple[torch.Tensor, ...]:
-    result = getattr(ops, name)(**tensors, **options)
+    result = getattr(ops, name.split()[0])(**tensors, **options)
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -122,6 +124,18 @@ def test_the_joined_references_are_their_parts():
     assert torch.equal(ops.hc_post_head(**head), ops.hc_head(ops.hc_post(**{k: head[k] for k in post}), **weights))
 
 
+def test_one_stream_stands_for_all():
+    tensors = arguments("hc_pre of one stream", (2, 3), dtype=torch.bfloat16)
+    same = tensors | {"hidden_streams": tensors["hidden_streams"].expand(2, 3, HC, 64).contiguous()}
+    for got, expected in zip(ops.hc_pre(**tensors), ops.hc_pre(**same), strict=True):
+        assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match=r"dsv4::hc_pre: fn must have shape \[24, 256\], got \[23, 256\]"):
+        ops.hc_pre(**tensors | {"fn": tensors["fn"][1:]})
+    head = arguments("hc_head", (2, 3))
+    with pytest.raises(ValueError, match=r"dsv4::hc_head: fn must have shape \[1, 64\], got \[4, 256\]"):
+        ops.hc_head(**head | {"hidden_streams": head["hidden_streams"][..., :1, :]})
+
+
 def test_comb_is_doubly_stochastic():
     _, comb, _ = ops.hc_pre(**arguments("hc_pre", (50,)))
     assert (comb > 0).all()
@@ -129,7 +143,7 @@ def test_comb_is_doubly_stochastic():
         torch.testing.assert_close(comb.sum(dim), torch.ones(50, HC), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("lead", [(), (0,), (5,), (2, 3), (2, 0, 3)])
 def test_shapes(name, lead):
     tensors = arguments(name, lead, dtype=torch.bfloat16)
@@ -144,15 +158,15 @@ def test_shapes(name, lead):
         "hc_post": ("streams",),
         "hc_post_pre": ("streams", "post", "comb", "collapsed"),
     }
-    for got, kind in zip(outputs(name, tensors), kinds.get(name, ("collapsed",)), strict=True):
+    for got, kind in zip(outputs(name, tensors), kinds.get(name.split()[0], ("collapsed",)), strict=True):
         assert (list(got.shape), got.dtype) == expected[kind]
         assert got.is_contiguous()
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(name, dtype):
-    overload = getattr(torch.ops.dsv4, name).default
+    overload = getattr(torch.ops.dsv4, name.split()[0]).default
     tensors = arguments(name, (2, 3), dtype=dtype)
     results = torch.library.opcheck(overload, (), tensors)
     assert set(results.values()) == {"SUCCESS"}
@@ -242,6 +256,7 @@ def test_the_next_implementation_is_taken_and_said_once(monkeypatch, caplog):
 
     monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: None)
     overloads = []
+    monkeypatch.setattr(_library, "_preparers", {})
     monkeypatch.setattr(_library._library, "define", lambda *a, **k: None)
     monkeypatch.setattr(_library._library, "impl", lambda name, function, key: overloads.append(function))
     monkeypatch.setattr(torch.library, "register_fake", lambda *a, **k: None)
@@ -262,6 +277,62 @@ def test_the_next_implementation_is_taken_and_said_once(monkeypatch, caplog):
     assert sum("runs its PyTorch reference, which is slow" in message for message in said) == 1
     with pytest.raises(ValueError, match="pip install"):
         real(OnGpu(), implementation="triton")
+
+
+# Calls: what is remembered of them, and what is prepared
+
+
+def test_a_remembered_call_still_refuses_what_requires_grad():
+    given = arguments("hc_pre")
+    with torch.no_grad():
+        ops.hc_pre(**given)
+        ops.hc_pre(**given | {"fn": given["fn"].clone().requires_grad_()})
+    ops.hc_pre(**given)
+    with pytest.raises(ValueError, match="requires grad"):
+        ops.hc_pre(**given | {"fn": given["fn"].clone().requires_grad_()})
+
+
+def test_a_remembered_call_still_checks_shapes_dtypes_and_options():
+    given = arguments("hc_pre")
+    ops.hc_pre(**given)
+    for wrong in ({"base": given["base"][1:]}, {"scale": given["scale"].long()}, {"hc_eps": 0.0}):
+        with pytest.raises(ValueError, match="dsv4::hc_pre"):
+            ops.hc_pre(**given | wrong)
+
+
+def test_a_call_that_something_intercepts_goes_through_the_dispatcher():
+    given = arguments("hc_pre")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = ops.hc_pre(**{k: v if v is None else mode.from_tensor(v) for k, v in given.items()})
+    assert all(isinstance(value, torch._subclasses.FakeTensor) for value in fake)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda: ops.hc_pre(**given))().graph
+    assert any(node.target is torch.ops.dsv4.hc_pre.default for node in graph.nodes)
+
+
+def test_prepare_compiles_in_the_background_what_would_be_launched(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(_library, "_preparers", {})
+    monkeypatch.setattr(_library._library, "define", lambda *a, **k: None)
+    monkeypatch.setattr(_library._library, "impl", lambda *a: None)
+    monkeypatch.setattr(torch.library, "register_fake", lambda *a, **k: None)
+    monkeypatch.setattr(_library, "_load", lambda entry: lambda *a, **k: prepared.append((entry, a, k)))
+    monkeypatch.setattr(_library.Implementation, "unavailable", lambda self, device: None)
+    _library.define(
+        "hc_pre(Tensor x, *, float eps, str? implementation=None) -> Tensor",
+        reference=lambda x: x,
+        fake=lambda x: x,
+        check=lambda x: None,
+        implementations=[
+            _library.Implementation("tilelang", "", limits=lambda x, eps: "too wide", prepare="a:tilelang"),
+            _library.Implementation("triton", "", prepare="a:triton"),
+        ],
+    )
+    x = torch.empty(1, device="meta")
+    with ThreadPoolExecutor() as threads:  # joined at the end
+        monkeypatch.setattr(_library, "compiling", lambda: threads)
+        _library.prepare(torch.ops.dsv4.hc_pre.default, x, eps=1.0)
+        _library.prepare(torch.ops.aten.relu.default, x)
+    assert prepared == [("a:triton", (x,), {"eps": 1.0})]
 
 
 # Kernels on the GPU
@@ -290,7 +361,7 @@ def poisoned():
 def test_poison():
     with poisoned():
         like = torch.ones(2)
-        made = [torch.empty(2), torch.empty_like(like), like.new_empty(2)]
+        made = [torch.empty(2), torch.empty_like(like), like.new_empty(2), torch.empty_strided((2,), (1,))]
     assert all(tensor.isnan().all() for tensor in made)
 
 
@@ -315,7 +386,7 @@ def test_post_pre_at_every_token_count(implementation, hidden, norm):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("hc", "hidden"), [(4, 4096), (2, 192), (8, 1024), (4, 7168)])
 def test_every_operator(implementation, name, dtype, hc, hidden):
@@ -330,7 +401,7 @@ def test_every_operator(implementation, name, dtype, hc, hidden):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("hidden", [4096, 7168])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_row_has_the_same_bits_in_every_batch(implementation, name, hidden):
     needle = arguments(name, (1,), hidden, dtype=torch.bfloat16, device="cuda", seed=1)
     alone = outputs(name, needle, implementation=implementation)
@@ -385,7 +456,7 @@ def test_two_streams_at_once(implementation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FORMS)
 def test_strided_inputs(implementation, name):
     tensors = arguments(name, (40,), 4096, dtype=torch.bfloat16, device="cuda")
     strided = {
@@ -398,7 +469,7 @@ def test_strided_inputs(implementation, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FORMS)
 def test_no_tokens_on_the_gpu(implementation, name):
     results = outputs(
         name, arguments(name, (0,), 4096, dtype=torch.bfloat16, device="cuda"), implementation=implementation

@@ -198,6 +198,48 @@ def test_the_unbroken_graph_fuses_everywhere():
     assert not graph.find_nodes(op="call_function", target=aten.amax.default)[1:]  # attention's softmax alone is left
 
 
+def streams_of_the_first_pre(graph: Graph) -> int:
+    (node,) = graph.find_nodes(op="call_function", target=torch.ops.dsv4.hc_pre.default)
+    return node.args[0].meta["val"].shape[-2]
+
+
+def test_the_first_pre_reads_one_embedding_for_all_streams():
+    graph = copy.deepcopy(captured())
+    assert fused(graph, rewrite=True).counts == WHOLE
+    assert streams_of_the_first_pre(graph) == 1
+    (clone,) = graph.find_nodes(op="call_function", target=aten.clone.default)[:1]
+    assert list(clone.meta["val"].shape[2:]) == [4, 64]  # the next post reads all streams
+
+
+def masked(expand: Node) -> None:
+    (clone,) = expand.users
+    scaled(clone)
+
+
+def of_streams_that_differ(expand: Node) -> None:
+    """The dimension was there before: nothing says that its entries are the same."""
+    first = next(node for node in expand.graph.nodes if node.op == "placeholder")
+    with expand.graph.inserting_after(first):
+        other = expand.graph.placeholder("other")
+    other.meta["val"] = expand.meta["val"].new_empty(expand.meta["val"].shape)
+    expand.update_arg(0, other)
+
+
+@pytest.mark.parametrize("change", [masked, of_streams_that_differ])
+def test_streams_not_proven_the_same_are_all_read(change):
+    graph = copy.deepcopy(captured())
+    change(
+        next(
+            node
+            for node in graph.find_nodes(op="call_function", target=aten.expand.default)
+            if node.meta["val"].dim() == 4 and list(node.meta["val"].shape[2:]) == [4, 64]
+        )
+    )
+    report = fused(graph, rewrite=True)
+    assert report.counts == WHOLE and not report.near_misses, report
+    assert streams_of_the_first_pre(graph) == 4
+
+
 def test_a_mask_between_post_and_pre():
     """Both parts fuse, apart; that they are apart is said."""
     graph = copy.deepcopy(captured())

@@ -61,10 +61,10 @@ def _sinkhorn(logits, lane, comb, token, hc, hc_eps, iterations):
 
 
 @T.macro
-def _add_share(partial, mixes, token, share, hidden, hc, mix, wide):
+def _add_share(partial, mixes, token, share, hidden, held, mix, wide):
     """Add one of the fixed shares of a token's partial sums, in order; a lane a column."""
-    _, threads, _ = finish_shape(hc, hidden)
-    chunk = chunk_slices(hc, mix, hidden)
+    _, threads, _ = finish_shape(held, hidden)
+    chunk = chunk_slices(held, mix, hidden)
     chunks = hidden // (32 * chunk)
     count = -(-chunks // (threads // 32))
     rows = 1 if wide else chunk  # of the workspace in a chunk
@@ -82,14 +82,14 @@ def _add_share(partial, mixes, token, share, hidden, hc, mix, wide):
 
 
 @T.macro
-def _add_shares(partial, mixes, token, hidden, hc, mix, wide):
+def _add_shares(partial, mixes, token, hidden, held, mix, wide):
     """A token's mixes before scaling, to every warp: each adds a share, then all add the shares."""
-    _, threads, _ = finish_shape(hc, hidden)
+    _, threads, _ = finish_shape(held, hidden)
     width = -(-(padded(mix) + 8) // 32)
     shares = T.alloc_shared((threads // 32, width * 32), F32)
     warp = T.get_thread_binding() // 32
     lane = T.get_thread_binding() % 32
-    _add_share(partial, mixes, token, warp, hidden, hc, mix, wide)
+    _add_share(partial, mixes, token, warp, hidden, held, mix, wide)
     for c in T.unroll(width):
         shares[warp, c * 32 + lane] = mixes[c]
     T.sync_threads()
@@ -100,11 +100,11 @@ def _add_shares(partial, mixes, token, hidden, hc, mix, wide):
 
 
 @T.macro
-def _place_token(mixes, logits, at, offset, factor, post, token, rms_eps, hidden, hc, mix):
+def _place_token(mixes, logits, at, offset, factor, post, token, rms_eps, hidden, held, hc, mix):
     """post of a token, and the logits of its comb, from a warp's mixes."""
     columns = padded(mix)
     lane = T.get_thread_binding() % 32
-    mean = T.shfl_sync(mixes[columns // 32], columns % 32) / T.float32(hc * hidden)
+    mean = T.shfl_sync(mixes[columns // 32], columns % 32) / T.float32(held * hidden)
     rsqrt = T.rsqrt(mean + rms_eps)
     for c in T.unroll(-(-mix // 32)):
         which = c * 32 + lane
@@ -115,9 +115,11 @@ def _place_token(mixes, logits, at, offset, factor, post, token, rms_eps, hidden
 
 
 @T.macro
-def _place(partial, offset, factor, post, comb, block, tokens, rms_eps, hc_eps, iterations, hidden, hc, mix, wide):
+def _place(
+    partial, offset, factor, post, comb, block, tokens, rms_eps, hc_eps, iterations, hidden, held, hc, mix, wide
+):
     """post and comb. ``wide``: of 32 tokens, a warp a token for the sums, then a lane a token; else of one token."""
-    _, threads, _ = finish_shape(hc, hidden)
+    _, threads, _ = finish_shape(held, hidden)
     warps = threads // 32
     width = -(-(padded(mix) + 8) // 32)
     logits = T.alloc_shared((32 if wide else 1, hc * hc + 1), F32)
@@ -130,17 +132,17 @@ def _place(partial, offset, factor, post, comb, block, tokens, rms_eps, hc_eps, 
             for c in T.unroll(width):
                 mixes[c] = 0
             for j in T.unroll(warps):
-                _add_share(partial, share, block * 32 + local, j, hidden, hc, mix, wide)
+                _add_share(partial, share, block * 32 + local, j, hidden, held, mix, wide)
                 for c in T.unroll(width):
                     mixes[c] = mixes[c] + share[c]
-            _place_token(mixes, logits, local, offset, factor, post, block * 32 + local, rms_eps, hidden, hc, mix)
+            _place_token(mixes, logits, local, offset, factor, post, block * 32 + local, rms_eps, hidden, held, hc, mix)
         T.sync_threads()
         if thread < 32 and block * 32 + thread < tokens:
             _sinkhorn(logits, thread, comb, block * 32 + thread, hc, hc_eps, iterations)
     else:
-        _add_shares(partial, mixes, block, hidden, hc, mix, wide)
+        _add_shares(partial, mixes, block, hidden, held, mix, wide)
         if thread < 32:
-            _place_token(mixes, logits, 0, offset, factor, post, block, rms_eps, hidden, hc, mix)
+            _place_token(mixes, logits, 0, offset, factor, post, block, rms_eps, hidden, held, hc, mix)
             T.sync_warp()
             _sinkhorn(logits, 0, comb, block, hc, hc_eps, iterations)  # every lane the same
 
@@ -148,15 +150,15 @@ def _place(partial, offset, factor, post, comb, block, tokens, rms_eps, hc_eps, 
 @T.macro
 def _collapse(
     streams_, partial, offset, factor, norm_weight, collapsed_, token, tokens, rms_eps, hc_eps, norm_eps,
-    hidden, hc, mix, norm, wide,
+    hidden, held, hc, mix, norm, wide,
 ):  # fmt: skip
-    vectors, threads, early = finish_shape(hc, hidden)
+    vectors, threads, early = finish_shape(held, hidden)
     warps = threads // 32
     columns = padded(mix)
-    streams = T.view(streams_, (tokens, hc, hidden // 2), U32)
+    streams = T.view(streams_, (tokens, held, hidden // 2), U32)
     collapsed = T.view(collapsed_, (tokens, hidden // 2), U32)
     squares = T.alloc_shared((32,), F32)
-    x = T.alloc_local((vectors, hc, 4), U32)
+    x = T.alloc_local((vectors, held, 4), U32)
     weight = T.alloc_local((vectors, 8), F32)
     pre = T.alloc_local((hc,), F32)
     value = T.alloc_local((2,), F32)
@@ -170,26 +172,29 @@ def _collapse(
     if early:
         for i in T.unroll(vectors):
             if i * threads + thread < hidden // 8:
-                for stream in T.unroll(hc):
+                for stream in T.unroll(held):
                     for v in T.vectorized(4):
                         x[i, stream, v] = streams[token, stream, (i * threads + thread) * 4 + v]
-    _add_shares(partial, mixes, token, hidden, hc, mix, wide)
-    mean = T.shfl_sync(mixes[columns // 32], columns % 32) / T.float32(hc * hidden)
+    _add_shares(partial, mixes, token, hidden, held, mix, wide)
+    mean = T.shfl_sync(mixes[columns // 32], columns % 32) / T.float32(held * hidden)
     own = mixes[0] * T.rsqrt(mean + rms_eps) * factor[0] + offset[0]
     gate = 1.0 / (1.0 + T.exp(-own)) + hc_eps
     for stream in T.unroll(hc):
         pre[stream] = T.shfl_sync(gate, stream)
+    if held < hc:
+        for stream in T.unroll(hc - 1):
+            pre[0] = pre[0] + pre[stream + 1]
     square = 0
     for i in T.unroll(vectors):
         if i * threads + thread < hidden // 8:
             if not early:
-                for stream in T.unroll(hc):
+                for stream in T.unroll(held):
                     for v in T.vectorized(4):
                         x[i, stream, v] = streams[token, stream, (i * threads + thread) * 4 + v]
             for v in T.unroll(4):
                 value[0] = pre[0] * low(x[i, 0, v])
                 value[1] = pre[0] * high(x[i, 0, v])
-                for stream in T.unroll(hc - 1):
+                for stream in T.unroll(held - 1):
                     value[0] = value[0] + pre[stream + 1] * low(x[i, stream + 1, v])
                     value[1] = value[1] + pre[stream + 1] * high(x[i, stream + 1, v])
                 words[i, v] = pack(value[0], value[1])
@@ -224,11 +229,14 @@ def _collapse(
 @T.macro
 def finish(
     streams, partial, base, scale, norm_weight, post, comb, collapsed, block, tokens,
-    rms_eps, hc_eps, norm_eps, iterations, hidden, hc, mix, norm, wide,
+    rms_eps, hc_eps, norm_eps, iterations, hidden, held, hc, mix, norm, wide,
 ):  # fmt: skip
-    """The first blocks do post and comb, so that no other waits for Sinkhorn; then the last tokens, still in L2."""
-    vectors, threads, _ = finish_shape(hc, hidden)
-    if vectors == 2 and hc <= 4 and threads <= 512:  # more than that does not fit into the registers
+    """``held``: streams in memory, ``hc`` or, where all are the same, one.
+
+    The first blocks do post and comb, so that no other waits for Sinkhorn; then the last tokens, still in L2.
+    """
+    vectors, threads, _ = finish_shape(held, hidden)
+    if vectors == 2 and held <= 4 and threads <= 512:  # more than that does not fit into the registers
         T.annotate_min_blocks_per_sm(FINISHING if threads <= 256 else 2)
     offset = T.alloc_local((-(-mix // 32),), F32)
     factor = T.alloc_local((-(-mix // 32),), F32)
@@ -242,15 +250,29 @@ def finish(
     if mix > hc:
         if block < placing:
             _place(
-                partial, offset, factor, post, comb, block, tokens, rms_eps, hc_eps, iterations, hidden, hc, mix, wide
+                partial,
+                offset,
+                factor,
+                post,
+                comb,
+                block,
+                tokens,
+                rms_eps,
+                hc_eps,
+                iterations,
+                hidden,
+                held,
+                hc,
+                mix,
+                wide,
             )
         else:
             _collapse(
                 streams, partial, offset, factor, norm_weight, collapsed, tokens - 1 - (block - placing), tokens,
-                rms_eps, hc_eps, norm_eps, hidden, hc, mix, norm, wide,
+                rms_eps, hc_eps, norm_eps, hidden, held, hc, mix, norm, wide,
             )  # fmt: skip
     else:
         _collapse(
             streams, partial, offset, factor, norm_weight, collapsed, block, tokens, rms_eps, hc_eps, norm_eps, hidden,
-            hc, mix, norm, wide,
+            held, hc, mix, norm, wide,
         )  # fmt: skip

@@ -6,6 +6,9 @@ BF16, F32, U32, I64 = "bfloat16", "float32", "uint32", "int64"
 WIDE, NARROW = 8, 4  # warps of a projecting block for many and for few tokens
 HIGH = 0xFFFF0000  # the half of a 32-bit word that is a bf16 number, seen as fp32
 
+PROJECTING = 3  # narrow blocks on a multiprocessor at a time
+STAGES = 3  # slices of a tile that the wide program has in shared memory or on their way there
+
 ROWS = 16  # tokens of a tile: the tensor-core instruction's M
 
 
@@ -53,13 +56,17 @@ def pack(first, second):
 
 
 @T.macro
-def _load_fn(fn, parts, first, hidden, hc, mix, slices, warps):
-    """Cut the block's part of fn into three bf16 parts, each lane's operand of an instruction side by side."""
+def _load_fn(fn, parts, first, hidden, hc, shared, mix, slices, warps):
+    """Cut the block's part of fn into three bf16 parts, each lane's operand of an instruction side by side.
+
+    ``shared``: how many of fn's streams a stream stands for; they are added.
+    """
     thread = T.get_thread_binding()
     lane = thread % 32
     columns = padded(mix) // 8
     blocks = slices * hc * columns
     weight = T.alloc_local((8,), F32)
+    other = T.alloc_local((8,), F32)
     cut = T.alloc_local((3, 8), U32)
     packed = T.alloc_local((3, 4), U32)
     for i in T.unroll(-(-blocks // warps)):
@@ -72,6 +79,11 @@ def _load_fn(fn, parts, first, hidden, hc, mix, slices, warps):
             if row < mix:
                 for v in T.vectorized(8):
                     weight[v] = fn[row, column + v]
+                for same in T.unroll(shared - 1):
+                    for v in T.vectorized(8):
+                        other[v] = fn[row, (same + 1) * hidden + column + v]
+                    for v in T.unroll(8):
+                        weight[v] = weight[v] + other[v]
             for v in T.unroll(8):
                 for part in T.unroll(3):
                     cut[part, v] = T.reinterpret(weight[v], U32) & T.uint32(HIGH)
@@ -96,25 +108,64 @@ def _load_tile(streams, output, x, y, token, tokens, column, hidden, hc):
 
 
 @T.macro
-def _mix_streams(x, y, a, post, comb, fresh, token, tokens, column, hidden, hc):
-    """New streams of this lane, as the tensor-core operand ``a``, and written."""
-    mixing = T.alloc_local((hc + 1, hc), F32)
-    wide = T.alloc_local((2,), F32)
-    words = T.alloc_local((4,), U32)
+def _fetch_tile(streams, output, staged, stage, token, tokens, column, hidden, hc):
+    """The same, copied to shared memory in the background; a lane later reads what it copied itself."""
+    warp = T.get_thread_binding() // 32
+    lane = T.get_thread_binding() % 32
+    for row in T.unroll(2):
+        safe = T.cast(T.min(token + 8 * row, tokens - 1), I64)
+        for stream in T.unroll(hc):
+            T.ptx_cp_async(
+                T.access_ptr(staged[stage, row, stream, warp, lane, 0], "w", extent=4),
+                T.access_ptr(streams[safe * (hc * hidden // 2) + column + stream * hidden // 2], "r", extent=4),
+                4,
+            )
+        if output is not None:
+            T.ptx_cp_async(
+                T.access_ptr(staged[stage, row, hc, warp, lane, 0], "w", extent=4),
+                T.access_ptr(output[safe * (hidden // 2) + column], "r", extent=4),
+                4,
+            )
+
+
+@T.macro
+def _read_tile(staged, stage, x, y, placed, hc):
+    warp = T.get_thread_binding() // 32
+    lane = T.get_thread_binding() % 32
+    for row in T.unroll(2):
+        for stream in T.unroll(hc):
+            for v in T.vectorized(4):
+                x[row, stream, v] = staged[stage, row, stream, warp, lane, v]
+        if placed:
+            for v in T.vectorized(4):
+                y[row, v] = staged[stage, row, hc, warp, lane, v]
+
+
+@T.macro
+def _load_mixing(post, comb, mixing, token, tokens, hc):
+    """post and comb of this lane's two tokens."""
     for row in T.unroll(2):
         safe = T.min(token + 8 * row, tokens - 1)
         for v in T.vectorized(hc):
-            mixing[hc, v] = post[safe, v]
+            mixing[row, hc, v] = post[safe, v]
         for old in T.unroll(hc):
             for v in T.vectorized(hc):
-                mixing[old, v] = comb[safe, old, v]
+                mixing[row, old, v] = comb[safe, old, v]
+
+
+@T.macro
+def _mix_streams(x, y, a, mixing, fresh, token, tokens, column, hidden, hc):
+    """New streams of this lane, as the tensor-core operand ``a``, and written."""
+    wide = T.alloc_local((2,), F32)
+    words = T.alloc_local((4,), U32)
+    for row in T.unroll(2):
         for stream in T.unroll(hc):
             for v in T.unroll(4):
-                wide[0] = mixing[hc, stream] * low(y[row, v])
-                wide[1] = mixing[hc, stream] * high(y[row, v])
+                wide[0] = mixing[row, hc, stream] * low(y[row, v])
+                wide[1] = mixing[row, hc, stream] * high(y[row, v])
                 for old in T.unroll(hc):
-                    wide[0] = wide[0] + mixing[old, stream] * low(x[row, old, v])
-                    wide[1] = wide[1] + mixing[old, stream] * high(x[row, old, v])
+                    wide[0] = wide[0] + mixing[row, old, stream] * low(x[row, old, v])
+                    wide[1] = wide[1] + mixing[row, old, stream] * high(x[row, old, v])
                 words[v] = pack(wide[0], wide[1])
                 a[stream, v // 2, v % 2 * 2 + row] = words[v]
             if token + 8 * row < tokens:
@@ -173,15 +224,23 @@ def _multiply(a, parts, fine, coarse, block, mix, hc):
 
 
 @T.macro
-def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, hidden, hc, mix, wide):
-    """``placing``: (output, post, comb) of the sublayer before, or None; ``fn``: None for new streams alone."""
+def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, hidden, hc, shared, mix, wide):
+    """``placing``: (output, post, comb) of the sublayer before, or None; ``fn``: None for new streams alone.
+
+    ``hc``: how many streams are held; ``shared``: how many each of them stands for.
+    """
     slices, warps, _ = project_shape(hc, mix, hidden, wide)
     columns = padded(mix)
-    early = hc <= 4  # registers for the next loads while this slice is multiplied
+    staging = wide and hc <= 4  # shared memory for the slices to come
+    early = hc <= 4 and not staging  # registers for the next loads while this slice is multiplied
+    if early:
+        T.annotate_min_blocks_per_sm(PROJECTING)
+    placed = placing is not None
     streams = T.view(streams_, (tokens * (hc * hidden // 2),), U32)
     x = T.alloc_local((2, hc, 4), U32)
     y = T.alloc_local((2, 4), U32)
     a = T.alloc_local((hc, 2, 4), U32)
+    mixing = T.alloc_local((2, hc + 1, hc), F32)
     thread = T.get_thread_binding()
     warp = thread // 32
     lane = thread % 32
@@ -189,12 +248,24 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
     tiles = T.ceildiv(tokens, ROWS)
     first = group * warps + warp  # each warp takes its own tiles, one slice after the other
     stride = groups * warps
+    steps = T.ceildiv(T.max(tiles - first, 0), stride) * slices
     out = None
-    if placing is not None:
+    if placed:
         out = T.view(placing[0], (tokens * (hidden // 2),), U32)
         fresh = T.view(new_, (tokens * (hc * hidden // 2),), U32)
+    if staging:
+        staged = T.alloc_shared((STAGES, 2, hc + placed, warps, 32, 4), U32)
+        for step in T.unroll(STAGES - 1):
+            if step < steps:
+                _fetch_tile(
+                    streams, out, staged, step, (first + step // slices * stride) * ROWS + lane // 4, tokens,
+                    column + step % slices * 16, hidden, hc,
+                )  # fmt: skip
+            T.ptx_commit_group()
     if early:
         _load_tile(streams, out, x, y, first * ROWS + lane // 4, tokens, column, hidden, hc)
+    if placed:
+        _load_mixing(placing[1], placing[2], mixing, first * ROWS + lane // 4, tokens, hc)
     if fn is not None:
         parts = T.alloc_shared((slices * hc * columns // 8, 2, 3, 32, 2), U32)
         fine = T.alloc_local((columns // 2,), F32)
@@ -202,16 +273,28 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
         total = T.alloc_local((columns // 2,), F32)  # over the chunk's slices
         square = T.alloc_local((2,), F32)
         squares = T.alloc_local((2,), F32)
-        _load_fn(fn, parts, chunk * slices, hidden, hc, mix, slices, warps)
+        _load_fn(fn, parts, chunk * slices, hidden, hc, shared, mix, slices, warps)
         T.sync_threads()
         T.pdl_trigger()
-    if not early:
+    if not early and not staging:
         _load_tile(streams, out, x, y, first * ROWS + lane // 4, tokens, column, hidden, hc)
-    for i in T.serial(T.ceildiv(T.max(tiles - first, 0), stride) * slices):
+    for i in T.serial(steps):
         token = (first + i // slices * stride) * ROWS + lane // 4
         slice_ = i % slices
-        if placing is not None:
-            _mix_streams(x, y, a, placing[1], placing[2], fresh, token, tokens, column + slice_ * 16, hidden, hc)
+        if staging:
+            ahead = i + STAGES - 1
+            if ahead < steps:
+                _fetch_tile(
+                    streams, out, staged, ahead % STAGES, (first + ahead // slices * stride) * ROWS + lane // 4,
+                    tokens, column + ahead % slices * 16, hidden, hc,
+                )  # fmt: skip
+            T.ptx_commit_group()
+            T.ptx_wait_group(STAGES - 1)
+            _read_tile(staged, i % STAGES, x, y, placed, hc)
+        if placed:
+            _mix_streams(x, y, a, mixing, fresh, token, tokens, column + slice_ * 16, hidden, hc)
+            if slice_ == slices - 1:  # while this slice is multiplied
+                _load_mixing(placing[1], placing[2], mixing, token + stride * ROWS, tokens, hc)
         else:
             for row in T.unroll(2):
                 for stream in T.unroll(hc):
@@ -244,5 +327,5 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
                         fine[1] = 0
                         for v in T.vectorized(2):
                             partial[token + 8 * row, chunk, columns + lane % 4 * 2 + v] = fine[v]
-        if not early and next_token - lane // 4 < tokens:
+        if not early and not staging and next_token - lane // 4 < tokens:
             _load_tile(streams, out, x, y, next_token, tokens, next_column, hidden, hc)

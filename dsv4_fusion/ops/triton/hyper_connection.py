@@ -120,6 +120,8 @@ def hc_pre(
     hidden_streams, fn, base, scale, norm_weight=None, *, rms_eps=1e-6, hc_eps=1e-6, sinkhorn_iters=20, norm_eps=1e-6
 ):
     """Inputs that are not contiguous are copied, here and below."""
+    *lead, _, d = hidden_streams.shape
+    hidden_streams = hidden_streams.expand(*lead, fn.shape[1] // d, d)
     return _fused(
         None, hidden_streams, None, None, fn, base, scale, norm_weight, rms_eps, hc_eps, sinkhorn_iters, norm_eps
     )[1:]
