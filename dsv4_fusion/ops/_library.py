@@ -28,6 +28,7 @@ NAMESPACE = "dsv4"
 REFERENCE = "reference"
 INSTALL_LINE = "pip install 'dsv4_fusion[cuda]'"
 COMPILERS = {"triton": "triton", "tilelang": "tilelang", "cutedsl": "cutlass"}  # implementation: module it needs
+ALIGNMENT = 16  # bytes: the longest load of a kernel
 REMEMBERED = 4096  # calls whose checks are remembered, an operator
 _library = torch.library.Library(NAMESPACE, "DEF")
 _preparers: dict[Any, Callable[..., None]] = {}  # an operator's overload: begins to compile its kernels
@@ -40,22 +41,23 @@ class Implementation:
     Attributes:
         name: the kernel language, a key of COMPILERS, and what callers pass as ``implementation=``.
         entry: ``"module:function"``; imported at the first launch. The function takes the operator's arguments
-            without ``implementation`` and returns what the operator returns.
+            without ``implementation`` and returns what the operator returns. It may have two attributes that take
+            the same arguments: ``bind`` returns a quicker function for calls with the same metadata and options;
+            ``prepare`` begins to compile what a call with any number of tokens would need, and reads no more than
+            metadata (the tensors may be fake).
         limits: called with the operator's arguments; returns why this implementation cannot take them, or None. It
-            may depend on shapes, dtypes, strides, devices and options; not on addresses or contents.
+            may depend on shapes, dtypes, strides, devices, options, and addresses modulo 16; not on contents.
         capability: the smallest CUDA compute capability it runs on.
-        prepare: ``"module:function"`` that takes the same arguments as ``entry``, reads only their metadata (they may
-            be fake), and compiles what a launch with any number of tokens would need.
     """
 
     name: str
     entry: str
     limits: Callable[..., str | None] | None = None
     capability: tuple[int, int] = (8, 0)
-    prepare: str | None = None
 
     def load(self) -> Callable[..., Any]:
-        return _load(self.entry)
+        module, function = self.entry.split(":")
+        return getattr(importlib.import_module(module), function)
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this implementation cannot run on ``device`` at all, or None."""
@@ -67,11 +69,6 @@ class Implementation:
             need, got = self.capability, torch.cuda.get_device_capability(device)
             return f"{self.name} needs compute capability {need[0]}.{need[1]}, this device has {got[0]}.{got[1]}"
         return None
-
-
-def _load(entry: str) -> Callable[..., Any]:
-    module, function = entry.split(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def expect(condition: Any, message: Callable[[], str]) -> None:
@@ -109,27 +106,29 @@ def prepare(operator: Any, *args: Any, **kwargs: Any) -> None:
         _preparers[operator](*args, **kwargs)
 
 
-def _metadata(value: Any) -> Any:
-    """What the checks and limits of a call can depend on, of one argument."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.device, value.is_contiguous() or value.stride(), value.requires_grad
-    return value
-
-
-def _plain(args: tuple) -> bool:
-    """Whether nothing traces, wraps or intercepts this call, so that the dispatcher would only cost time."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return False
+def _call_key(args: tuple, kwargs: dict) -> tuple | None:
+    """All that the checks and limits of a call can depend on; None if that cannot be told."""
+    key: list[Any] = [torch.is_grad_enabled()]
     for value in args:
-        if (
-            type(value) is not torch.Tensor
-            and isinstance(value, torch.Tensor)
-            and type(value) is not torch.nn.Parameter
-        ):
-            return False
-    return True
+        kind = type(value)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            layout = value.is_contiguous() or value.stride()
+            address = value.data_ptr() % ALIGNMENT
+            key.append((value.dtype, value.shape, value.device, layout, address, value.requires_grad))
+        elif isinstance(value, torch.Tensor):
+            return None
+        else:
+            key.append(value)
+    return (*key, *kwargs.items())
+
+
+def _intercepted() -> bool:
+    """Whether something traces or transforms this call, and the dispatcher has to see it."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def define(
@@ -201,17 +200,25 @@ def define(
             raise ValueError(f"{NAMESPACE}::{name} was asked for implementation {implementation!r}: {reason}")
         return asked
 
-    def real(*args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
-        key = (implementation, torch.is_grad_enabled(), *map(_metadata, args), *kwargs.items())
+    def real(*args: Any, **kwargs: Any) -> Any:
+        key = _call_key(args, kwargs)
         launch = plans.get(key)
         if launch is None:
-            checked(args, kwargs)
-            chosen = choose(implementation, args[0].device, args, kwargs)
-            launch = chosen.load() if chosen else reference
-            if len(plans) >= REMEMBERED:
-                plans.clear()
-            plans[key] = launch
+            launch = first(*args, **kwargs)
+            if key is not None:
+                if len(plans) >= REMEMBERED:
+                    plans.clear()
+                plans[key] = launch
         return launch(*args, **kwargs)
+
+    def first(*args: Any, implementation: str | None = None, **kwargs: Any) -> Callable[..., Any]:
+        """What to call for arguments like these."""
+        checked(args, kwargs)
+        chosen = choose(implementation, args[0].device, args, kwargs)
+        function = chosen.load() if chosen else reference
+        if hasattr(function, "bind"):
+            function = function.bind(*args, **kwargs)
+        return lambda *args, implementation=None, **kwargs: function(*args, **kwargs)
 
     def abstract(*args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
         checked(args, kwargs)
@@ -220,8 +227,8 @@ def define(
     def preparing(*args: Any, implementation: str | None = None, **kwargs: Any) -> None:
         def begin() -> None:  # what goes wrong here is raised by the launch
             chosen = choose(implementation, args[0].device, args, kwargs)
-            if chosen is not None and chosen.prepare is not None:
-                _load(chosen.prepare)(*args, **kwargs)
+            if chosen is not None and hasattr(function := chosen.load(), "prepare"):
+                function.prepare(*args, **kwargs)
 
         if args[0].device.type != "cpu":
             compiling().submit(begin)
@@ -232,6 +239,6 @@ def define(
     _preparers[overload] = preparing
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return real(*args, **kwargs) if _plain(args) else overload(*args, **kwargs)
+        return overload(*args, **kwargs) if _intercepted() else real(*args, **kwargs)
 
     return call

@@ -290,7 +290,6 @@ def _kernels(function: str, streams_at: int) -> list[Implementation]:
             f"dsv4_fusion.ops.tilelang.hyper_connection:{function}",
             _limits(streams_at, "tilelang", (torch.bfloat16,), (2, 4, 8)),
             capability=(9, 0),
-            prepare=f"dsv4_fusion.ops.tilelang.hyper_connection:prepare_{function.removeprefix('hc_')}",
         ),
         Implementation(
             "triton",

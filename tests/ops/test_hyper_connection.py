@@ -311,11 +311,16 @@ def test_a_call_that_something_intercepts_goes_through_the_dispatcher():
 
 def test_prepare_compiles_in_the_background_what_would_be_launched(monkeypatch):
     prepared = []
+
+    class Kernel:
+        def prepare(self, x, *, eps):
+            prepared.append((x, eps))
+
     monkeypatch.setattr(_library, "_preparers", {})
     monkeypatch.setattr(_library._library, "define", lambda *a, **k: None)
     monkeypatch.setattr(_library._library, "impl", lambda *a: None)
     monkeypatch.setattr(torch.library, "register_fake", lambda *a, **k: None)
-    monkeypatch.setattr(_library, "_load", lambda entry: lambda *a, **k: prepared.append((entry, a, k)))
+    monkeypatch.setattr(_library.Implementation, "load", lambda self: Kernel() if self.name == "triton" else None)
     monkeypatch.setattr(_library.Implementation, "unavailable", lambda self, device: None)
     _library.define(
         "hc_pre(Tensor x, *, float eps, str? implementation=None) -> Tensor",
@@ -323,8 +328,8 @@ def test_prepare_compiles_in_the_background_what_would_be_launched(monkeypatch):
         fake=lambda x: x,
         check=lambda x: None,
         implementations=[
-            _library.Implementation("tilelang", "", limits=lambda x, eps: "too wide", prepare="a:tilelang"),
-            _library.Implementation("triton", "", prepare="a:triton"),
+            _library.Implementation("tilelang", "", limits=lambda x, eps: "too wide"),
+            _library.Implementation("triton", ""),
         ],
     )
     x = torch.empty(1, device="meta")
@@ -332,7 +337,7 @@ def test_prepare_compiles_in_the_background_what_would_be_launched(monkeypatch):
         monkeypatch.setattr(_library, "compiling", lambda: threads)
         _library.prepare(torch.ops.dsv4.hc_pre.default, x, eps=1.0)
         _library.prepare(torch.ops.aten.relu.default, x)
-    assert prepared == [("a:triton", (x,), {"eps": 1.0})]
+    assert prepared == [(x, 1.0)]
 
 
 # Kernels on the GPU

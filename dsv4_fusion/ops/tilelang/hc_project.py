@@ -3,12 +3,10 @@
 import tilelang.language as T
 
 BF16, F32, U32, I64 = "bfloat16", "float32", "uint32", "int64"
-WIDE, NARROW = 8, 4  # warps of a projecting block for many and for few tokens
+WIDE, NARROW = 16, 4  # warps of a projecting block for many and for few tokens
 HIGH = 0xFFFF0000  # the half of a 32-bit word that is a bf16 number, seen as fp32
 
 PROJECTING = 3  # narrow blocks on a multiprocessor at a time
-STAGES = 3  # slices of a tile that the wide program has in shared memory or on their way there
-
 ROWS = 16  # tokens of a tile: the tensor-core instruction's M
 
 
@@ -108,70 +106,98 @@ def _load_tile(streams, output, x, y, token, tokens, column, hidden, hc):
 
 
 @T.macro
-def _fetch_tile(streams, output, staged, stage, token, tokens, column, hidden, hc):
-    """The same, copied to shared memory in the background; a lane later reads what it copied itself."""
-    warp = T.get_thread_binding() // 32
-    lane = T.get_thread_binding() % 32
-    for row in T.unroll(2):
-        safe = T.cast(T.min(token + 8 * row, tokens - 1), I64)
-        for stream in T.unroll(hc):
-            T.ptx_cp_async(
-                T.access_ptr(staged[stage, row, stream, warp, lane, 0], "w", extent=4),
-                T.access_ptr(streams[safe * (hc * hidden // 2) + column + stream * hidden // 2], "r", extent=4),
-                4,
-            )
-        if output is not None:
-            T.ptx_cp_async(
-                T.access_ptr(staged[stage, row, hc, warp, lane, 0], "w", extent=4),
-                T.access_ptr(output[safe * (hidden // 2) + column], "r", extent=4),
-                4,
-            )
-
-
-@T.macro
-def _read_tile(staged, stage, x, y, placed, hc):
-    warp = T.get_thread_binding() // 32
-    lane = T.get_thread_binding() % 32
-    for row in T.unroll(2):
-        for stream in T.unroll(hc):
-            for v in T.vectorized(4):
-                x[row, stream, v] = staged[stage, row, stream, warp, lane, v]
-        if placed:
-            for v in T.vectorized(4):
-                y[row, v] = staged[stage, row, hc, warp, lane, v]
-
-
-@T.macro
-def _load_mixing(post, comb, mixing, token, tokens, hc):
-    """post and comb of this lane's two tokens."""
-    for row in T.unroll(2):
-        safe = T.min(token + 8 * row, tokens - 1)
+def _load_mixing(post, comb, mixing, row, token, tokens, hc):
+    """post and comb of one of this lane's two tokens."""
+    safe = T.min(token + 8 * row, tokens - 1)
+    for v in T.vectorized(hc):
+        mixing[row, hc, v] = post[safe, v]
+    for old in T.unroll(hc):
         for v in T.vectorized(hc):
-            mixing[row, hc, v] = post[safe, v]
-        for old in T.unroll(hc):
-            for v in T.vectorized(hc):
-                mixing[row, old, v] = comb[safe, old, v]
+            mixing[row, old, v] = comb[safe, old, v]
 
 
 @T.macro
-def _mix_streams(x, y, a, mixing, fresh, token, tokens, column, hidden, hc):
-    """New streams of this lane, as the tensor-core operand ``a``, and written."""
+def _fetch_row(streams, output, staged, row, token, tokens, column, hidden, hc):
+    """One of this lane's two tokens, copied to shared memory in the background; no other lane reads it there."""
+    warp = T.get_thread_binding() // 32
+    lane = T.get_thread_binding() % 32
+    safe = T.cast(T.min(token + 8 * row, tokens - 1), I64)
+    for stream in T.unroll(hc):
+        T.ptx_cp_async(
+            T.access_ptr(staged[row, stream, warp, lane, 0], "w", extent=4),
+            T.access_ptr(streams[safe * (hc * hidden // 2) + column + stream * hidden // 2], "r", extent=4),
+            4,
+        )
+    if output is not None:
+        T.ptx_cp_async(
+            T.access_ptr(staged[row, hc, warp, lane, 0], "w", extent=4),
+            T.access_ptr(output[safe * (hidden // 2) + column], "r", extent=4),
+            4,
+        )
+
+
+@T.macro
+def _fetch_mixing(post, comb, staged, first, tokens, hc):
+    """post and comb of the warp's tile, which begins at token ``first``; all its lanes read them."""
+    warp = T.get_thread_binding() // 32
+    lane = T.get_thread_binding() % 32
+    for i in T.unroll(ROWS * hc // 32):
+        row = (i * 32 + lane) // hc
+        safe = T.min(first + row, tokens - 1)
+        T.ptx_cp_async(
+            T.access_ptr(staged[warp, row, lane % hc, 0], "w", extent=hc),
+            T.access_ptr(comb[safe, lane % hc, 0], "r", extent=hc),
+            hc,
+        )
+    if lane < ROWS:
+        T.ptx_cp_async(
+            T.access_ptr(staged[warp, lane, hc, 0], "w", extent=hc),
+            T.access_ptr(post[T.min(first + lane, tokens - 1), 0], "r", extent=hc),
+            hc,
+        )
+
+
+@T.macro
+def _read_row(staged, staged_mixing, x, y, mixing, row, placed, hc):
+    warp = T.get_thread_binding() // 32
+    lane = T.get_thread_binding() % 32
+    for stream in T.unroll(hc):
+        for v in T.vectorized(4):
+            x[row, stream, v] = staged[row, stream, warp, lane, v]
+    if placed:
+        for v in T.vectorized(4):
+            y[row, v] = staged[row, hc, warp, lane, v]
+        for old in T.unroll(hc + 1):
+            for v in T.vectorized(hc):
+                mixing[row, old, v] = staged_mixing[warp, lane // 4 + 8 * row, old, v]
+
+
+@T.macro
+def _mix_row(x, y, a, mixing, fresh, row, token, tokens, column, hidden, hc):
+    """New streams of one of this lane's tokens, as the tensor-core operand ``a``, and written."""
     wide = T.alloc_local((2,), F32)
     words = T.alloc_local((4,), U32)
-    for row in T.unroll(2):
-        for stream in T.unroll(hc):
-            for v in T.unroll(4):
-                wide[0] = mixing[row, hc, stream] * low(y[row, v])
-                wide[1] = mixing[row, hc, stream] * high(y[row, v])
-                for old in T.unroll(hc):
-                    wide[0] = wide[0] + mixing[row, old, stream] * low(x[row, old, v])
-                    wide[1] = wide[1] + mixing[row, old, stream] * high(x[row, old, v])
-                words[v] = pack(wide[0], wide[1])
-                a[stream, v // 2, v % 2 * 2 + row] = words[v]
-            if token + 8 * row < tokens:
-                at = T.cast(token + 8 * row, I64) * (hc * hidden // 2) + column
-                for v in T.vectorized(4):
-                    fresh[at + (stream * hidden // 2 + v)] = words[v]
+    for stream in T.unroll(hc):
+        for v in T.unroll(4):
+            wide[0] = mixing[row, hc, stream] * low(y[row, v])
+            wide[1] = mixing[row, hc, stream] * high(y[row, v])
+            for old in T.unroll(hc):
+                wide[0] = wide[0] + mixing[row, old, stream] * low(x[row, old, v])
+                wide[1] = wide[1] + mixing[row, old, stream] * high(x[row, old, v])
+            words[v] = pack(wide[0], wide[1])
+            a[stream, v // 2, v % 2 * 2 + row] = words[v]
+        if token + 8 * row < tokens:
+            at = T.cast(token + 8 * row, I64) * (hc * hidden // 2) + column
+            for v in T.vectorized(4):
+                fresh[at + (stream * hidden // 2 + v)] = words[v]
+
+
+@T.macro
+def _take_row(x, a, row, hc):
+    """The streams as they are."""
+    for stream in T.unroll(hc):
+        for v in T.unroll(4):
+            a[stream, v // 2, v % 2 * 2 + row] = x[row, stream, v]
 
 
 @T.macro
@@ -246,26 +272,26 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
     lane = thread % 32
     column = (chunk * slices * 32 + lane % 4 * 8) // 2  # in words of two numbers
     tiles = T.ceildiv(tokens, ROWS)
-    first = group * warps + warp  # each warp takes its own tiles, one slice after the other
-    stride = groups * warps
+    stride = groups * warps  # each warp takes its own tiles, one slice after the other
+    first = warp * groups + group if staging else group * warps + warp
     steps = T.ceildiv(T.max(tiles - first, 0), stride) * slices
     out = None
     if placed:
         out = T.view(placing[0], (tokens * (hidden // 2),), U32)
         fresh = T.view(new_, (tokens * (hc * hidden // 2),), U32)
     if staging:
-        staged = T.alloc_shared((STAGES, 2, hc + placed, warps, 32, 4), U32)
-        for step in T.unroll(STAGES - 1):
-            if step < steps:
-                _fetch_tile(
-                    streams, out, staged, step, (first + step // slices * stride) * ROWS + lane // 4, tokens,
-                    column + step % slices * 16, hidden, hc,
-                )  # fmt: skip
-            T.ptx_commit_group()
+        staged = T.alloc_shared((2, hc + placed, warps, 32, 4), U32)
+        staged_mixing = T.alloc_shared((warps, ROWS, hc + 1, hc), F32)
+        for row in T.unroll(2):
+            _fetch_row(streams, out, staged, row, first * ROWS + lane // 4, tokens, column, hidden, hc)
+        if placed:
+            _fetch_mixing(placing[1], placing[2], staged_mixing, first * ROWS, tokens, hc)
+        T.ptx_commit_group()
     if early:
         _load_tile(streams, out, x, y, first * ROWS + lane // 4, tokens, column, hidden, hc)
-    if placed:
-        _load_mixing(placing[1], placing[2], mixing, first * ROWS + lane // 4, tokens, hc)
+        if placed:
+            for row in T.unroll(2):
+                _load_mixing(placing[1], placing[2], mixing, row, first * ROWS + lane // 4, tokens, hc)
     if fn is not None:
         parts = T.alloc_shared((slices * hc * columns // 8, 2, 3, 32, 2), U32)
         fine = T.alloc_local((columns // 2,), F32)
@@ -281,27 +307,30 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
     for i in T.serial(steps):
         token = (first + i // slices * stride) * ROWS + lane // 4
         slice_ = i % slices
-        if staging:
-            ahead = i + STAGES - 1
-            if ahead < steps:
-                _fetch_tile(
-                    streams, out, staged, ahead % STAGES, (first + ahead // slices * stride) * ROWS + lane // 4,
-                    tokens, column + ahead % slices * 16, hidden, hc,
-                )  # fmt: skip
-            T.ptx_commit_group()
-            T.ptx_wait_group(STAGES - 1)
-            _read_tile(staged, i % STAGES, x, y, placed, hc)
-        if placed:
-            _mix_streams(x, y, a, mixing, fresh, token, tokens, column + slice_ * 16, hidden, hc)
-            if slice_ == slices - 1:  # while this slice is multiplied
-                _load_mixing(placing[1], placing[2], mixing, token + stride * ROWS, tokens, hc)
-        else:
-            for row in T.unroll(2):
-                for stream in T.unroll(hc):
-                    for v in T.unroll(4):
-                        a[stream, v // 2, v % 2 * 2 + row] = x[row, stream, v]
         next_token = (first + (i + 1) // slices * stride) * ROWS + lane // 4
         next_column = column + (i + 1) % slices * 16
+        if staging:
+            T.ptx_wait_group(0)
+            T.sync_warp()
+        for row in T.unroll(2):
+            if staging:
+                _read_row(staged, staged_mixing, x, y, mixing, row, placed, hc)
+                _fetch_row(streams, out, staged, row, next_token, tokens, next_column, hidden, hc)
+            if placed and not early and not staging:
+                _load_mixing(placing[1], placing[2], mixing, row, token, tokens, hc)
+            if placed:
+                _mix_row(x, y, a, mixing, fresh, row, token, tokens, column + slice_ * 16, hidden, hc)
+            else:
+                _take_row(x, a, row, hc)
+        if placed and slice_ == slices - 1:  # while this slice is multiplied
+            if staging:
+                T.sync_warp()
+                _fetch_mixing(placing[1], placing[2], staged_mixing, next_token - lane // 4, tokens, hc)
+            if early:
+                for row in T.unroll(2):
+                    _load_mixing(placing[1], placing[2], mixing, row, next_token, tokens, hc)
+        if staging:
+            T.ptx_commit_group()
         if early and next_token - lane // 4 < tokens:
             _load_tile(streams, out, x, y, next_token, tokens, next_column, hidden, hc)
         if fn is not None:
@@ -329,3 +358,5 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
                             partial[token + 8 * row, chunk, columns + lane % 4 * 2 + v] = fine[v]
         if not early and not staging and next_token - lane // 4 < tokens:
             _load_tile(streams, out, x, y, next_token, tokens, next_column, hidden, hc)
+    if staging:
+        T.ptx_wait_group(0)  # what the last step fetched for none to come

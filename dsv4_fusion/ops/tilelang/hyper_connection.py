@@ -17,8 +17,9 @@ streams are bf16 already, so every product is exact and the sum is accumulated i
 import functools  # no postponed annotations here: TileLang evaluates a program's annotations where it is defined
 import math
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from typing import Any
 
 import tilelang
 import tilelang.language as T
@@ -38,6 +39,9 @@ PASS_CONFIGS = {
     # ldg128 brings whole lines into L2: a warp's own reads are halves of them.
     tilelang.PassConfigKey.TL_DEVICE_COMPILE_FLAGS: ["-DTL_ENABLE_L2_PREFETCH=1"],
 }
+
+
+DEFAULTS = {"sinkhorn_iters": 20, "rms_eps": 1e-6, "hc_eps": 1e-6, "norm_eps": 1e-6}  # of the operators' schemas
 
 
 # Programs: both launches behind one host function
@@ -208,168 +212,121 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """All that a call needs to know beyond its tensors; computed once for a shape."""
-
-    flat: bool  # one leading dimension
-    tokens: int
-    results: tuple  # (size, stride, dtype) of each output
-    workspace: tuple
-    groups: int  # of blocks in the first launch
-    key: tuple  # of the programs
-    wide: bool
-
-
-def _layout(*shape: int, dtype: torch.dtype) -> tuple:
-    return shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), dtype
-
-
-@functools.lru_cache(4096)
-def _plan(shape: torch.Size, hc: int, placed: bool, mixes: str, norm: bool, device: torch.device) -> _Plan:
-    """The wide program from as many tokens as give every block of it work; the narrow one below."""
-    *lead, held, hidden = shape
-    tokens = math.prod(lead)
-    mix = {"pre": (2 + hc) * hc, "head": hc, "": 0}[mixes]
-    _, warps, chunks = project_shape(held, mix, hidden, True)
-    most = max(1, _processors(device) // chunks)
-    wide = tokens >= most * warps * ROWS
-    if not wide:
-        _, warps, chunks = project_shape(held, mix, hidden, False)
-        most = max(1, PROJECTING * _processors(device) // chunks)
-    results = [_layout(*shape, dtype=torch.bfloat16)] if placed else []
-    if mixes == "pre":
-        results += [_layout(*lead, hc, dtype=torch.float32), _layout(*lead, hc, hc, dtype=torch.float32)]
-    if mixes:
-        results += [_layout(*lead, hidden, dtype=torch.bfloat16)]
-    return _Plan(
-        flat=len(lead) == 1,
-        tokens=tokens,
-        results=tuple(results),
-        workspace=_layout(tokens, chunks, padded(mix) + 8, dtype=torch.float32),
-        groups=min(-(-tokens // (ROWS * warps)), most),
-        key=(hidden, held, hc, placed, mixes, norm),
-        wide=wide,
-    )
-
-
-# Launch
-
-
-def _new(layout: tuple, device: torch.device) -> torch.Tensor:
-    """An empty tensor; ``empty_strided`` takes half the time of ``new_empty``."""
-    size, stride, dtype = layout
+def _new(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``empty_strided`` takes half the time of ``new_empty``."""
     return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
-def _dense(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As the kernels read it: of this dtype, contiguous, at an address that 16 bytes divide."""
-    if tensor.dtype is not dtype:
-        tensor = tensor.to(dtype)
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+def _layout(*size: int, dtype: torch.dtype) -> tuple:
+    return size, tuple(math.prod(size[axis + 1 :]) for axis in range(len(size))), dtype
 
 
-def _run(placing, hidden_streams, mixes, parameters, norm_weight, scalars):
-    """Launch one operator.
+def _fix(tensor: torch.Tensor, dtype: torch.dtype, lead: int, tokens: int) -> Callable[..., torch.Tensor] | None:
+    """What makes of a tensor like this one what the kernels read; None if it is that already.
+
+    They read this dtype, contiguous, at an address that 16 bytes divide; tokens in one dimension, not in ``lead``.
+    """
+    copied = tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.data_ptr() % 16
+    if not copied and lead == 1:
+        return None
+
+    def fix(tensor: torch.Tensor) -> torch.Tensor:
+        if copied:
+            tensor = tensor.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        return tensor if lead == 1 else tensor.view(tokens, *tensor.shape[lead:])
+
+    return fix
+
+
+class _Operator:
+    """One operator: called as its public function without ``implementation``.
 
     Args:
-        placing: (output, post, comb) or None.
-        hidden_streams: [..., HC, D], or [..., 1, D].
-        mixes: "pre", "head" or "".
-        parameters: (fn, base, scale), or None if ``mixes`` is "".
-        norm_weight: [D] or None.
-        scalars: what the program takes after its tensors and the number of groups.
-
-    Returns:
-        A list: the new streams if there is ``placing``; post and comb if ``mixes`` is "pre"; collapsed if ``mixes``.
+        placed: it puts an output into the streams.
+        mixes: what it takes out of them: "pre" for a sublayer's input, "head" for the end, "" for nothing.
     """
-    device, shape = hidden_streams.device, hidden_streams.shape
-    hc = parameters[0].shape[1] // shape[-1] if mixes else shape[-2]
-    plan = _plan(shape, hc, placing is not None, mixes, norm_weight is not None, device)
-    results = [_new(layout, device) for layout in plan.results]
-    if plan.tokens == 0:
-        return results
-    streams = _dense(hidden_streams, torch.bfloat16)
-    given, outputs = [streams], results
-    if placing:
-        output, post, comb = placing
-        given = [
-            _dense(output, torch.bfloat16),
-            streams,
-            _dense(post, torch.float32),
-            _dense(comb, torch.float32),
+
+    def __init__(self, placed: bool, mixes: str) -> None:
+        self.placed, self.mixes = placed, mixes
+        self.parameters_at = 4 if placed else 1
+        self.arity = self.parameters_at + (4 if mixes else 0)
+
+    def __call__(self, *tensors, **options):
+        return self.bind(*tensors, **options)(*tensors, **options)
+
+    def key(self, *tensors, norm_weight=None, **_) -> tuple:
+        """Of its programs: what they are compiled for."""
+        *_, held, hidden = tensors[1 if self.placed else 0].shape
+        hc = tensors[self.parameters_at].shape[1] // hidden if self.mixes else held
+        norm = norm_weight is not None or (len(tensors) == self.arity and tensors[-1] is not None)
+        return hidden, held, hc, self.placed, self.mixes, norm and bool(self.mixes)
+
+    def prepare(self, *tensors, **options) -> None:
+        """Begin to compile what any number of tokens will need; the tensors may be fake."""
+        _begin(*self.key(*tensors, **options))
+
+    def bind(self, *tensors, norm_weight=None, **options) -> Callable:
+        """A function that does this for tensors with the same metadata, and the same options, as quickly as it can."""
+        if len(tensors) < self.arity:
+            tensors = (*tensors, norm_weight)
+        key = hidden, held, hc, _, _, norm = self.key(*tensors)
+        streams = tensors[1 if self.placed else 0]
+        lead = streams.shape[:-2]
+        tokens, device = math.prod(lead), streams.device
+        mix = {"pre": (2 + hc) * hc, "head": hc, "": 0}[self.mixes]
+        results = [_layout(*streams.shape, dtype=torch.bfloat16)] if self.placed else []
+        if self.mixes == "pre":
+            results += [_layout(*lead, hc, dtype=torch.float32), _layout(*lead, hc, hc, dtype=torch.float32)]
+        if self.mixes:
+            results.append(_layout(*lead, hidden, dtype=torch.bfloat16))
+        returned = slice(1, None) if self.placed and self.mixes == "head" else slice(None)
+        if tokens == 0:
+            return lambda *_, **__: _returned([_new(*result, device) for result in results][returned])
+
+        _, warps, chunks = project_shape(held, mix, hidden, True)
+        groups = max(1, _processors(device) // chunks)
+        wide = tokens >= groups * warps * ROWS // 2  # half of its warps have a tile
+        if not wide:
+            _, warps, chunks = project_shape(held, mix, hidden, False)
+            groups = min(-(-tokens // (ROWS * warps)), max(1, PROJECTING * _processors(device) // chunks))
+        workspace = [_layout(tokens, chunks, padded(mix) + 8, dtype=torch.float32)] if mix else []
+        names = {"pre": ("sinkhorn_iters", "rms_eps", "hc_eps", "norm_eps"), "head": ("rms_eps", "hc_eps", "norm_eps")}
+        scalars = [options.get(name, DEFAULTS[name]) for name in names.get(self.mixes, ())]
+        dtypes = [torch.bfloat16] * (2 if self.placed else 1) + [torch.float32] * 6
+        leads = [len(lead)] * self.parameters_at + [1] * 4
+        fixes = [
+            (index, fix)
+            for index, tensor in enumerate(tensors)
+            if tensor is not None and (fix := _fix(tensor, dtypes[index], leads[index], tokens)) is not None
         ]
-    if not plan.flat:
-        lead = streams.dim() - 2
-        given = [tensor.view(plan.tokens, *tensor.shape[lead:]) for tensor in given]
-        outputs = [tensor.view(plan.tokens, *tensor.shape[lead:]) for tensor in outputs]
-    if mixes:
-        fn, base, scale = parameters
-        base = _dense(base, torch.float32)
-        given += [
-            _dense(fn, torch.float32),
-            base,
-            _dense(scale, torch.float32),
-            base if norm_weight is None else _dense(norm_weight, torch.float32),
-            _new(plan.workspace, device),
-        ]
-    launch = _entries(*plan.key)[plan.wide]
-    if device.index == torch.cuda.current_device():
-        launch(*given, *outputs, plan.groups, *scalars)
-    else:
-        with torch.cuda.device(device):
-            launch(*given, *outputs, plan.groups, *scalars)
-    return results
+        entry = _entries(*key)[wide]
+        base_at = self.parameters_at + 1
+
+        def launch(*tensors, norm_weight=None, **_):
+            given = list(tensors) if len(tensors) == self.arity else [*tensors, norm_weight]
+            for index, fix in fixes:
+                given[index] = fix(given[index])
+            if mix and not norm:
+                given[-1] = given[base_at]  # stands in, and is not read
+            outputs = [_new(*result, device) for result in results]
+            given += [_new(*layout, device) for layout in workspace]
+            given += outputs if len(lead) == 1 else [out.view(tokens, *out.shape[len(lead) :]) for out in outputs]
+            if device.index == torch.cuda.current_device():
+                entry(*given, groups, *scalars)
+            else:
+                with torch.cuda.device(device):
+                    entry(*given, groups, *scalars)
+            return _returned(outputs[returned])
+
+        return launch
 
 
-# Operators
+def _returned(outputs: list[torch.Tensor]) -> Any:
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def hc_pre(
-    hidden_streams, fn, base, scale, norm_weight=None, *, rms_eps=1e-6, hc_eps=1e-6, sinkhorn_iters=20, norm_eps=1e-6
-):
-    scalars = (sinkhorn_iters, rms_eps, hc_eps, norm_eps)
-    return tuple(_run(None, hidden_streams, "pre", (fn, base, scale), norm_weight, scalars))
-
-
-def hc_post(output, hidden_streams, post, comb):
-    return _run((output, post, comb), hidden_streams, "", None, None, ())[0]
-
-
-def hc_post_pre(
-    output, hidden_streams, post, comb, fn, base, scale, norm_weight=None, *,
-    rms_eps=1e-6, hc_eps=1e-6, sinkhorn_iters=20, norm_eps=1e-6,
-):  # fmt: skip
-    scalars = (sinkhorn_iters, rms_eps, hc_eps, norm_eps)
-    return tuple(_run((output, post, comb), hidden_streams, "pre", (fn, base, scale), norm_weight, scalars))
-
-
-def hc_head(hidden_streams, fn, base, scale, norm_weight=None, *, rms_eps=1e-6, hc_eps=1e-6, norm_eps=1e-6):
-    return _run(None, hidden_streams, "head", (fn, base, scale), norm_weight, (rms_eps, hc_eps, norm_eps))[0]
-
-
-def hc_post_head(
-    output, hidden_streams, post, comb, fn, base, scale, norm_weight=None, *, rms_eps=1e-6, hc_eps=1e-6, norm_eps=1e-6
-):
-    scalars = (rms_eps, hc_eps, norm_eps)
-    return _run((output, post, comb), hidden_streams, "head", (fn, base, scale), norm_weight, scalars)[-1]
-
-
-# What a launch will need, compiled in the background; the arguments may be fake tensors
-
-
-def _prepare(placed: bool, mixes: str, *tensors, norm_weight=None, **_):
-    *_, held, hidden = tensors[1 if placed else 0].shape
-    hc = tensors[4 if placed else 1].shape[1] // hidden if mixes else held
-    if len(tensors) == (8 if placed else 5):
-        norm_weight = tensors[-1]
-    _begin(hidden, held, hc, placed, mixes, norm_weight is not None)
-
-
-prepare_pre = functools.partial(_prepare, False, "pre")
-prepare_post = functools.partial(_prepare, True, "")
-prepare_post_pre = functools.partial(_prepare, True, "pre")
-prepare_head = functools.partial(_prepare, False, "head")
-prepare_post_head = functools.partial(_prepare, True, "head")
+hc_pre = _Operator(False, "pre")
+hc_post = _Operator(True, "")
+hc_post_pre = _Operator(True, "pre")
+hc_head = _Operator(False, "head")
+hc_post_head = _Operator(True, "head")
