@@ -3,10 +3,10 @@
 import tilelang.language as T
 
 BF16, F32, U32, I64 = "bfloat16", "float32", "uint32", "int64"
-WIDE, NARROW = 16, 4  # warps of a projecting block for many and for few tokens
+WIDE, NARROW = 8, 4  # warps of a projecting block for many and for few tokens
+PROJECTING = 3  # narrow blocks on a multiprocessor at a time
 HIGH = 0xFFFF0000  # the half of a 32-bit word that is a bf16 number, seen as fp32
 
-PROJECTING = 3  # narrow blocks on a multiprocessor at a time
 ROWS = 16  # tokens of a tile: the tensor-core instruction's M
 
 
@@ -54,44 +54,51 @@ def pack(first, second):
 
 
 @T.macro
-def _load_fn(fn, parts, first, hidden, hc, shared, mix, slices, warps):
-    """Cut the block's part of fn into three bf16 parts, each lane's operand of an instruction side by side.
+def _load_fn(fn_, weight, first, hidden, hc, shared, mix, slices, warps):
+    """This thread's share of the block's part of fn: 8 columns of a row at a time.
 
     ``shared``: how many of fn's streams a stream stands for; they are added.
     """
+    fn = T.view(fn_, (mix * hc * shared * hidden,), U32)
+    words = T.alloc_local((4,), U32)
     thread = T.get_thread_binding()
     lane = thread % 32
     columns = padded(mix) // 8
     blocks = slices * hc * columns
-    weight = T.alloc_local((8,), F32)
-    other = T.alloc_local((8,), F32)
-    cut = T.alloc_local((3, 8), U32)
-    packed = T.alloc_local((3, 4), U32)
     for i in T.unroll(-(-blocks // warps)):
         block = i * warps + thread // 32
+        row = block % columns * 8 + lane // 4
+        column = block // columns % hc * hidden + (first + block // (columns * hc)) * 32 + lane % 4 * 8
+        for v in T.unroll(8):
+            weight[i, v] = 0
+        if block < blocks and row < mix:
+            for same in T.unroll(shared):
+                for half in T.unroll(2):
+                    words[0:4] = T.ldg128(fn[row * (hc * shared * hidden) + same * hidden + column + half * 4])
+                    for v in T.unroll(4):
+                        weight[i, half * 4 + v] = weight[i, half * 4 + v] + T.reinterpret(words[v], F32)
+
+
+@T.macro
+def _cut_fn(weight, parts, hc, mix, slices, warps):
+    """Cut it into three bf16 parts, and put each lane's operands of two instructions side by side."""
+    cut = T.alloc_local((3, 8), U32)
+    packed = T.alloc_local((4,), U32)
+    thread = T.get_thread_binding()
+    lane = thread % 32
+    blocks = slices * hc * padded(mix) // 8
+    for i in T.unroll(-(-blocks // warps)):
+        block = i * warps + thread // 32
+        for v in T.unroll(8):
+            for part in T.unroll(3):
+                cut[part, v] = T.reinterpret(weight[i, v], U32) & T.uint32(HIGH)
+                weight[i, v] = weight[i, v] - T.reinterpret(cut[part, v], F32)
         if block < blocks:
-            row = block % columns * 8 + lane // 4
-            column = block // columns % hc * hidden + (first + block // (columns * hc)) * 32 + lane % 4 * 8
-            for v in T.vectorized(8):
-                weight[v] = 0
-            if row < mix:
-                for v in T.vectorized(8):
-                    weight[v] = fn[row, column + v]
-                for same in T.unroll(shared - 1):
-                    for v in T.vectorized(8):
-                        other[v] = fn[row, (same + 1) * hidden + column + v]
-                    for v in T.unroll(8):
-                        weight[v] = weight[v] + other[v]
-            for v in T.unroll(8):
-                for part in T.unroll(3):
-                    cut[part, v] = T.reinterpret(weight[v], U32) & T.uint32(HIGH)
-                    weight[v] = weight[v] - T.reinterpret(cut[part, v], F32)
             for part in T.unroll(3):
                 for v in T.unroll(4):
-                    packed[part, v] = (cut[part, 2 * v] >> 16) | cut[part, 2 * v + 1]
-                for half in T.unroll(2):
-                    for v in T.vectorized(2):
-                        parts[block, half, part, lane, v] = packed[part, half * 2 + v]
+                    packed[v] = (cut[part, 2 * v] >> 16) | cut[part, 2 * v + 1]
+                for v in T.vectorized(4):
+                    parts[block, part, lane, v] = packed[v]
 
 
 @T.macro
@@ -106,98 +113,36 @@ def _load_tile(streams, output, x, y, token, tokens, column, hidden, hc):
 
 
 @T.macro
-def _load_mixing(post, comb, mixing, row, token, tokens, hc):
-    """post and comb of one of this lane's two tokens."""
-    safe = T.min(token + 8 * row, tokens - 1)
-    for v in T.vectorized(hc):
-        mixing[row, hc, v] = post[safe, v]
-    for old in T.unroll(hc):
+def _load_mixing(post, comb, mixing, token, tokens, hc):
+    """post and comb of this lane's two tokens."""
+    for row in T.unroll(2):
+        safe = T.min(token + 8 * row, tokens - 1)
         for v in T.vectorized(hc):
-            mixing[row, old, v] = comb[safe, old, v]
-
-
-@T.macro
-def _fetch_row(streams, output, staged, row, token, tokens, column, hidden, hc):
-    """One of this lane's two tokens, copied to shared memory in the background; no other lane reads it there."""
-    warp = T.get_thread_binding() // 32
-    lane = T.get_thread_binding() % 32
-    safe = T.cast(T.min(token + 8 * row, tokens - 1), I64)
-    for stream in T.unroll(hc):
-        T.ptx_cp_async(
-            T.access_ptr(staged[row, stream, warp, lane, 0], "w", extent=4),
-            T.access_ptr(streams[safe * (hc * hidden // 2) + column + stream * hidden // 2], "r", extent=4),
-            4,
-        )
-    if output is not None:
-        T.ptx_cp_async(
-            T.access_ptr(staged[row, hc, warp, lane, 0], "w", extent=4),
-            T.access_ptr(output[safe * (hidden // 2) + column], "r", extent=4),
-            4,
-        )
-
-
-@T.macro
-def _fetch_mixing(post, comb, staged, first, tokens, hc):
-    """post and comb of the warp's tile, which begins at token ``first``; all its lanes read them."""
-    warp = T.get_thread_binding() // 32
-    lane = T.get_thread_binding() % 32
-    for i in T.unroll(ROWS * hc // 32):
-        row = (i * 32 + lane) // hc
-        safe = T.min(first + row, tokens - 1)
-        T.ptx_cp_async(
-            T.access_ptr(staged[warp, row, lane % hc, 0], "w", extent=hc),
-            T.access_ptr(comb[safe, lane % hc, 0], "r", extent=hc),
-            hc,
-        )
-    if lane < ROWS:
-        T.ptx_cp_async(
-            T.access_ptr(staged[warp, lane, hc, 0], "w", extent=hc),
-            T.access_ptr(post[T.min(first + lane, tokens - 1), 0], "r", extent=hc),
-            hc,
-        )
-
-
-@T.macro
-def _read_row(staged, staged_mixing, x, y, mixing, row, placed, hc):
-    warp = T.get_thread_binding() // 32
-    lane = T.get_thread_binding() % 32
-    for stream in T.unroll(hc):
-        for v in T.vectorized(4):
-            x[row, stream, v] = staged[row, stream, warp, lane, v]
-    if placed:
-        for v in T.vectorized(4):
-            y[row, v] = staged[row, hc, warp, lane, v]
-        for old in T.unroll(hc + 1):
+            mixing[row, hc, v] = post[safe, v]
+        for old in T.unroll(hc):
             for v in T.vectorized(hc):
-                mixing[row, old, v] = staged_mixing[warp, lane // 4 + 8 * row, old, v]
+                mixing[row, old, v] = comb[safe, old, v]
 
 
 @T.macro
-def _mix_row(x, y, a, mixing, fresh, row, token, tokens, column, hidden, hc):
-    """New streams of one of this lane's tokens, as the tensor-core operand ``a``, and written."""
+def _mix_streams(x, y, a, mixing, fresh, token, tokens, column, hidden, hc):
+    """New streams of this lane, as the tensor-core operand ``a``, and written."""
     wide = T.alloc_local((2,), F32)
     words = T.alloc_local((4,), U32)
-    for stream in T.unroll(hc):
-        for v in T.unroll(4):
-            wide[0] = mixing[row, hc, stream] * low(y[row, v])
-            wide[1] = mixing[row, hc, stream] * high(y[row, v])
-            for old in T.unroll(hc):
-                wide[0] = wide[0] + mixing[row, old, stream] * low(x[row, old, v])
-                wide[1] = wide[1] + mixing[row, old, stream] * high(x[row, old, v])
-            words[v] = pack(wide[0], wide[1])
-            a[stream, v // 2, v % 2 * 2 + row] = words[v]
-        if token + 8 * row < tokens:
-            at = T.cast(token + 8 * row, I64) * (hc * hidden // 2) + column
-            for v in T.vectorized(4):
-                fresh[at + (stream * hidden // 2 + v)] = words[v]
-
-
-@T.macro
-def _take_row(x, a, row, hc):
-    """The streams as they are."""
-    for stream in T.unroll(hc):
-        for v in T.unroll(4):
-            a[stream, v // 2, v % 2 * 2 + row] = x[row, stream, v]
+    for row in T.unroll(2):
+        for stream in T.unroll(hc):
+            for v in T.unroll(4):
+                wide[0] = mixing[row, hc, stream] * low(y[row, v])
+                wide[1] = mixing[row, hc, stream] * high(y[row, v])
+                for old in T.unroll(hc):
+                    wide[0] = wide[0] + mixing[row, old, stream] * low(x[row, old, v])
+                    wide[1] = wide[1] + mixing[row, old, stream] * high(x[row, old, v])
+                words[v] = pack(wide[0], wide[1])
+                a[stream, v // 2, v % 2 * 2 + row] = words[v]
+            if token + 8 * row < tokens:
+                at = T.cast(token + 8 * row, I64) * (hc * hidden // 2) + column
+                for v in T.vectorized(4):
+                    fresh[at + (stream * hidden // 2 + v)] = words[v]
 
 
 @T.macro
@@ -225,26 +170,26 @@ def _mma(a, at_a, b, at_b, sums, at_sums):
 def _multiply(a, parts, fine, coarse, block, mix, hc):
     """Tensor-core products of the lane's streams with the slice's part of fn; the small parts are summed apart."""
     blocks = padded(mix) // 8
-    near = blocks if blocks <= 5 else blocks // 2  # held at a time, for the registers' sake
-    b = T.alloc_local((3, near, 2), U32)
+    near = blocks if blocks <= 3 else blocks // 2  # held at a time, for the registers' sake
+    b = T.alloc_local((3, near, 4), U32)
     lane = T.get_thread_binding() % 32
     for v in T.unroll(blocks * 4):
         fine[v] = 0
         coarse[v] = 0
     for stream in T.unroll(hc):
-        for half in T.unroll(2):
-            for far in T.unroll(blocks // near):
-                for part in T.unroll(3):
-                    for n in T.unroll(near):
-                        for v in T.vectorized(2):
-                            b[part, n, v] = parts[block + stream * blocks + far * near + n, half, part, lane, v]
+        for far in T.unroll(blocks // near):
+            for part in T.unroll(3):
+                for n in T.unroll(near):
+                    for v in T.vectorized(4):
+                        b[part, n, v] = parts[block + stream * blocks + far * near + n, part, lane, v]
+            for half in T.unroll(2):
                 # Neighbours in this order are independent: an instruction waits for its accumulator.
                 for n in T.unroll(near):
-                    _mma(a, (stream * 2 + half) * 4, b, (2 * near + n) * 2, fine, (far * near + n) * 4)
+                    _mma(a, (stream * 2 + half) * 4, b, (2 * near + n) * 4 + half * 2, fine, (far * near + n) * 4)
                 for n in T.unroll(near):
-                    _mma(a, (stream * 2 + half) * 4, b, n * 2, coarse, (far * near + n) * 4)
+                    _mma(a, (stream * 2 + half) * 4, b, n * 4 + half * 2, coarse, (far * near + n) * 4)
                 for n in T.unroll(near):
-                    _mma(a, (stream * 2 + half) * 4, b, (near + n) * 2, fine, (far * near + n) * 4)
+                    _mma(a, (stream * 2 + half) * 4, b, (near + n) * 4 + half * 2, fine, (far * near + n) * 4)
     for v in T.unroll(blocks * 4):
         coarse[v] = coarse[v] + fine[v]
 
@@ -257,10 +202,7 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
     """
     slices, warps, _ = project_shape(hc, mix, hidden, wide)
     columns = padded(mix)
-    staging = wide and hc <= 4  # shared memory for the slices to come
-    early = hc <= 4 and not staging  # registers for the next loads while this slice is multiplied
-    if early:
-        T.annotate_min_blocks_per_sm(PROJECTING)
+    early = hc <= 4  # registers for the next loads while this slice is multiplied
     placed = placing is not None
     streams = T.view(streams_, (tokens * (hc * hidden // 2),), U32)
     x = T.alloc_local((2, hc, 4), U32)
@@ -272,65 +214,49 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
     lane = thread % 32
     column = (chunk * slices * 32 + lane % 4 * 8) // 2  # in words of two numbers
     tiles = T.ceildiv(tokens, ROWS)
-    stride = groups * warps  # each warp takes its own tiles, one slice after the other
-    first = warp * groups + group if staging else group * warps + warp
-    steps = T.ceildiv(T.max(tiles - first, 0), stride) * slices
+    first = group * warps + warp  # each warp takes its own tiles, one slice after the other
+    stride = groups * warps
     out = None
     if placed:
         out = T.view(placing[0], (tokens * (hidden // 2),), U32)
         fresh = T.view(new_, (tokens * (hc * hidden // 2),), U32)
-    if staging:
-        staged = T.alloc_shared((2, hc + placed, warps, 32, 4), U32)
-        staged_mixing = T.alloc_shared((warps, ROWS, hc + 1, hc), F32)
-        for row in T.unroll(2):
-            _fetch_row(streams, out, staged, row, first * ROWS + lane // 4, tokens, column, hidden, hc)
-        if placed:
-            _fetch_mixing(placing[1], placing[2], staged_mixing, first * ROWS, tokens, hc)
-        T.ptx_commit_group()
     if early:
         _load_tile(streams, out, x, y, first * ROWS + lane // 4, tokens, column, hidden, hc)
         if placed:
-            for row in T.unroll(2):
-                _load_mixing(placing[1], placing[2], mixing, row, first * ROWS + lane // 4, tokens, hc)
+            _load_mixing(placing[1], placing[2], mixing, first * ROWS + lane // 4, tokens, hc)
+        T.sync_warp()  # else the compiler moves these loads behind the wait for fn
     if fn is not None:
-        parts = T.alloc_shared((slices * hc * columns // 8, 2, 3, 32, 2), U32)
+        parts = T.alloc_shared((slices * hc * columns // 8, 3, 32, 4), U32)
         fine = T.alloc_local((columns // 2,), F32)
         coarse = T.alloc_local((columns // 2,), F32)
         total = T.alloc_local((columns // 2,), F32)  # over the chunk's slices
         square = T.alloc_local((2,), F32)
         squares = T.alloc_local((2,), F32)
-        _load_fn(fn, parts, chunk * slices, hidden, hc, shared, mix, slices, warps)
+        weight = T.alloc_local((-(-slices * hc * columns // (8 * warps)), 8), F32)
+        _load_fn(fn, weight, chunk * slices, hidden, hc, shared, mix, slices, warps)
+        _cut_fn(weight, parts, hc, mix, slices, warps)
         T.sync_threads()
         T.pdl_trigger()
-    if not early and not staging:
+    if not early:
         _load_tile(streams, out, x, y, first * ROWS + lane // 4, tokens, column, hidden, hc)
-    for i in T.serial(steps):
+    for i in T.serial(T.ceildiv(T.max(tiles - first, 0), stride) * slices):
         token = (first + i // slices * stride) * ROWS + lane // 4
         slice_ = i % slices
         next_token = (first + (i + 1) // slices * stride) * ROWS + lane // 4
         next_column = column + (i + 1) % slices * 16
-        if staging:
-            T.ptx_wait_group(0)
-            T.sync_warp()
-        for row in T.unroll(2):
-            if staging:
-                _read_row(staged, staged_mixing, x, y, mixing, row, placed, hc)
-                _fetch_row(streams, out, staged, row, next_token, tokens, next_column, hidden, hc)
-            if placed and not early and not staging:
-                _load_mixing(placing[1], placing[2], mixing, row, token, tokens, hc)
-            if placed:
-                _mix_row(x, y, a, mixing, fresh, row, token, tokens, column + slice_ * 16, hidden, hc)
-            else:
-                _take_row(x, a, row, hc)
-        if placed and slice_ == slices - 1:  # while this slice is multiplied
-            if staging:
-                T.sync_warp()
-                _fetch_mixing(placing[1], placing[2], staged_mixing, next_token - lane // 4, tokens, hc)
-            if early:
-                for row in T.unroll(2):
-                    _load_mixing(placing[1], placing[2], mixing, row, next_token, tokens, hc)
-        if staging:
-            T.ptx_commit_group()
+        if placed:
+            if not early:
+                _load_mixing(placing[1], placing[2], mixing, token, tokens, hc)
+            elif not wide and i > 0:
+                _load_mixing(placing[1], placing[2], mixing, token, tokens, hc)
+            _mix_streams(x, y, a, mixing, fresh, token, tokens, column + slice_ * 16, hidden, hc)
+            if early and wide and slice_ == slices - 1:  # while this slice is multiplied
+                _load_mixing(placing[1], placing[2], mixing, next_token, tokens, hc)
+        else:
+            for row in T.unroll(2):
+                for stream in T.unroll(hc):
+                    for v in T.unroll(4):
+                        a[stream, v // 2, v % 2 * 2 + row] = x[row, stream, v]
         if early and next_token - lane // 4 < tokens:
             _load_tile(streams, out, x, y, next_token, tokens, next_column, hidden, hc)
         if fn is not None:
@@ -356,7 +282,5 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
                         fine[1] = 0
                         for v in T.vectorized(2):
                             partial[token + 8 * row, chunk, columns + lane % 4 * 2 + v] = fine[v]
-        if not early and not staging and next_token - lane // 4 < tokens:
+        if not early and next_token - lane // 4 < tokens:
             _load_tile(streams, out, x, y, next_token, tokens, next_column, hidden, hc)
-    if staging:
-        T.ptx_wait_group(0)  # what the last step fetched for none to come

@@ -285,7 +285,7 @@ class _Operator:
 
         _, warps, chunks = project_shape(held, mix, hidden, True)
         groups = max(1, _processors(device) // chunks)
-        wide = tokens >= groups * warps * ROWS // 2  # half of its warps have a tile
+        wide = tokens >= groups * warps * ROWS  # each of its warps has a tile
         if not wide:
             _, warps, chunks = project_shape(held, mix, hidden, False)
             groups = min(-(-tokens // (ROWS * warps)), max(1, PROJECTING * _processors(device) // chunks))
