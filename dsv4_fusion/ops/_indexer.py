@@ -31,6 +31,20 @@ TIES = ("even", "zero")
 # References
 
 
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of the last dimension, a power of two, in fp32 and rounded once to x's dtype.
+
+    The squares are added as a tree, neighbours first. ``1 / sqrt`` is two rounded operations: rsqrt differs by device.
+    """
+    wide = x.float()
+    total = wide * wide
+    while total.shape[-1] > 1:
+        even, odd = total.unflatten(-1, (-1, 2)).unbind(-1)
+        total = even + odd
+    root = torch.sqrt(total * (1 / x.shape[-1]) + eps)  # the size is a power of two: a division, exactly
+    return (wide * (torch.ones_like(root) / root) * weight.float()).to(x.dtype)
+
+
 def rotate_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE of the last ``2 * cos.shape[-1]`` dims of ``x``; cos and sin broadcast over the dims before the last."""
     plain = x.shape[-1] - 2 * cos.shape[-1]
@@ -104,6 +118,22 @@ def quantise_mxfp4_ref(x: Tensor, amax_floor: float = MXFP4_FLOOR, ties: str = "
     for block in range(1, exponent.shape[-1]):
         scale = scale | exponent[..., block] << 8 * block
     return (code[..., 0::2] | code[..., 1::2] << 4).to(torch.uint8), scale
+
+
+def dequantise_fp8_ref(values: Tensor, scale: Tensor) -> Tensor:
+    """e4m3fn [..., d] times fp32 [...], as bf16."""
+    return (values.float() * scale.unsqueeze(-1)).bfloat16()
+
+
+def dequantise_mxfp4_ref(packed: Tensor, scale: Tensor) -> Tensor:
+    """Packed E2M1 uint8 [..., d / 2] and UE8M0 bytes [..., d / 32] to bf16 [..., d]; exact but for subnormals."""
+    code = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).int()
+    positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=packed.device)
+    values = torch.cat([positive, -positive])[code]
+    exponent = scale.int()
+    power = torch.where(exponent == 0, 1 << 22, exponent << 23).view(torch.float32)  # 2^-127 is subnormal
+    power = torch.where(exponent == 255, torch.nan, power)
+    return (values.unflatten(-1, (-1, MXFP4_BLOCK)) * power.unsqueeze(-1)).flatten(-2).bfloat16()
 
 
 def rope_rows(positions: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
