@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cutlass import Float32, Uint32
+from cutlass import Float32, Int32, Uint32
 
 from . import ptx
 from .rows import Rows, across
@@ -10,11 +10,6 @@ from .rows import Rows, across
 NAN = 0x7FC00000  # fp32
 INFINITY = 0x7F80  # bf16; what is not below it is not finite
 MAGNITUDES = 0x7FFF7FFF  # of a pair
-
-
-def both(half: int) -> Uint32:
-    """A pair of equal values."""
-    return Uint32(half << 16 | half)
 
 
 def tree_max(pairs: list[Uint32]) -> Uint32:
@@ -36,7 +31,7 @@ class FP8Rows(Rows):
         super().__init__(d, rope, hadamard)
         self.power_of_two = power_of_two
 
-    def quantise(self, row: list[list[Uint32]], floor: Float32) -> tuple[list[list[Uint32]], Uint32]:
+    def quantise(self, row: list[list[Uint32]], lane: Int32, floor: Float32) -> tuple[list[list[Uint32]], Uint32]:
         """Words of four bytes for every chunk, and the fp32 scale's bits, the same in all lanes."""
         pair = tree_max([word & Uint32(MAGNITUDES) for words in row for word in words])
         for distance in (1, 2, 4):
@@ -76,8 +71,8 @@ class MXFP4Rows(Rows):
         super().__init__(d, rope, hadamard)
         self.ties_to_even, self.convert = ties_to_even, convert and ties_to_even
 
-    def quantise(self, row: list[list[Uint32]], floor: Float32) -> tuple[list[list[Uint32]], Uint32]:
-        """A word of eight nibbles for every chunk, and the row's UE8M0 bytes, in lanes 0 to 3.
+    def quantise(self, row: list[list[Uint32]], lane: Int32, floor: Float32) -> tuple[list[list[Uint32]], Uint32]:
+        """A word of eight nibbles for every chunk, and the row's UE8M0 bytes, the same in all lanes.
 
         A block of 32 is one chunk of four lanes: the lower four have blocks 0 and 2, the upper four 1 and 3.
         """
@@ -104,7 +99,8 @@ class MXFP4Rows(Rows):
                 codes = self._round([ptx.pair_mul(word, inverse) for word in magnitudes[chunk]], words)
             packed.append([ptx.select(finite, codes, Uint32(0))])
             scales = scales | (ptx.select(finite, exponent, Uint32(255)) << Uint32(16 * chunk))
-        return packed, scales | (across(scales, 4) << Uint32(8))
+        shift = Uint32(lane * 2) & Uint32(8)
+        return packed, (scales << shift) | (across(scales, 4) << (Uint32(8) - shift))
 
     def _round(self, magnitudes: list[Uint32], signs: list[Uint32]) -> Uint32:
         """Eight nibbles of scaled magnitudes (at most 6) and the signs of the values they come from.
@@ -115,12 +111,12 @@ class MXFP4Rows(Rows):
         """
         codes = []
         for x in magnitudes:
-            power = ptx.pair_max(x, both(0x3F80)) & both(0x7F80)
+            power = ptx.pair_max(x, 0x3F80) & Uint32(ptx.both(0x7F80))
             if self.ties_to_even:
-                total = ptx.pair_fma(power, both(0x4280), x)
+                total = ptx.pair_fma(power, 0x4280, x)
             else:
                 # Times 1 - 2^-8, inside the one rounding, a tie is below the tie, and nothing else crosses one
-                total = ptx.pair_fma(x, both(0x3F7F), power + both(6 << 7))
+                total = ptx.pair_fma(x, 0x3F7F, power + Uint32(ptx.both(6 << 7)))
             # total - (133 << 7) is k << 7 | c in each half; times 4 + 256, bits 8 to 10 of each half are c + 2 k
             codes.append(total * Uint32(260) - Uint32((0x42804280 * 260) & 0xFFFFFFFF))
         words = []
@@ -133,3 +129,12 @@ class MXFP4Rows(Rows):
             low = Uint32(0x0F0F0F0F)
             words.append((nibbles & low) | ((nibbles >> Uint32(12)) & ~low))
         return ptx.permute(words[0], words[1], 0x5410)
+
+
+def rows_of(options: tuple, d: int, rope: int, capability: tuple[int, int]) -> FP8Rows | MXFP4Rows:
+    """The rows for ("fp8", hadamard, power_of_two_scale) or ("mxfp4", hadamard, ties) on a device."""
+    name, hadamard, last = options
+    if name == "fp8":
+        return FP8Rows(d, rope, hadamard, last)
+    # E2M1 conversion exists on 10.0, 10.3, 11.0 and 12.x: on architecture-specific targets
+    return MXFP4Rows(d, rope, hadamard, last == "even", convert=capability >= (10, 0))

@@ -10,11 +10,11 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int64, Uint32
 from torch import Tensor
 
 from . import launch, ptx
-from .formats import NAN, FP8Rows, MXFP4Rows
+from .formats import NAN, FP8Rows, MXFP4Rows, rows_of
 from .rows import CHUNK, LANES, SPAN
 
 THREADS = 128
@@ -101,7 +101,7 @@ class Queries:
             row = rows.rotate(loaded[j], angles, lane)
             if cutlass.const_expr(rows.hadamard):
                 row = rows.transform(row, lane)
-            packed, bits = rows.quantise(row, floor)
+            packed, bits = rows.quantise(row, lane, floor)
             scale = bits if j == 0 else ptx.select(lane == j, bits, scale)
             stores = inside if heads % count == 0 else inside & (first + j * self.groups < heads)
             if stores:
@@ -164,3 +164,98 @@ def build(
         arch=arch,
         options=options,
     )
+
+
+_kernels: dict[tuple, object] = {}
+
+
+def _quantise(
+    options: tuple,
+    q: Tensor,
+    positions: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Tensor,
+    values: Tensor,
+    scales: Tensor | None,
+    weights_out: Tensor,
+    floor: float,
+) -> None:
+    tokens, heads, d = q.shape
+    if tokens == 0:
+        return
+    key = (
+        options,
+        d,
+        heads,
+        cos.shape[1],
+        None if positions is None else positions.dtype,
+        cos.dtype,
+        weights.dtype,
+        MANY if tokens * heads >= ROWS_FOR_MANY else FEW,
+        q.device,
+    )
+    kernel = _kernels.get(key)
+    if kernel is None:
+        rows = rows_of(options, d, 2 * cos.shape[1], launch.capability(q.device))
+        kernel = _kernels[key] = build(rows, heads, *key[4:8])
+    kernel(q, positions, cos, sin, weights, values, scales, weights_out, floor)
+
+
+def indexer_q_fp8_out(
+    q: Tensor,
+    positions: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Tensor,
+    q_fp8: Tensor,
+    weights_out: Tensor,
+    *,
+    hadamard: bool = False,
+    amax_floor: float = 1e-4,
+    power_of_two_scale: bool = True,
+) -> None:
+    """As the operator ``dsv4::indexer_q_fp8_out``."""
+    options = ("fp8", hadamard, power_of_two_scale)
+    _quantise(options, q, positions, cos, sin, weights, q_fp8, None, weights_out, amax_floor)
+
+
+def indexer_q_fp8(
+    q: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor, **options
+) -> tuple[Tensor, Tensor]:
+    """As the operator ``dsv4::indexer_q_fp8``."""
+    q_fp8 = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device)
+    weights_out = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    indexer_q_fp8_out(q, positions, cos, sin, weights, q_fp8, weights_out, **options)
+    return q_fp8, weights_out
+
+
+def indexer_q_mxfp4_out(
+    q: Tensor,
+    positions: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Tensor,
+    q_packed: Tensor,
+    q_scale: Tensor,
+    weights_out: Tensor,
+    *,
+    hadamard: bool = False,
+    amax_floor: float = 6 * 2.0**-126,
+    ties: str = "even",
+) -> None:
+    """As the operator ``dsv4::indexer_q_mxfp4_out``."""
+    options = ("mxfp4", hadamard, ties)
+    _quantise(options, q, positions, cos, sin, weights, q_packed, q_scale, weights_out, amax_floor)
+
+
+def indexer_q_mxfp4(
+    q: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor, **options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the operator ``dsv4::indexer_q_mxfp4``."""
+    tokens, heads, d = q.shape
+    q_packed = torch.empty((tokens, heads, d // 2), dtype=torch.uint8, device=q.device)
+    q_scale = torch.empty((tokens, heads), dtype=torch.int32, device=q.device)
+    weights_out = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
+    indexer_q_mxfp4_out(q, positions, cos, sin, weights, q_packed, q_scale, weights_out, **options)
+    return q_packed, q_scale, weights_out

@@ -6,6 +6,8 @@ takes torch's tensors and stream as they are.
 
 from __future__ import annotations
 
+import functools
+
 import cutlass
 import cutlass.cute as cute
 import torch
@@ -19,6 +21,11 @@ DTYPES = {
     torch.uint8: cutlass.Uint8,
     torch.float8_e4m3fn: cutlass.Float8E4M3FN,
 }
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def symbol(divisibility: int = 1):

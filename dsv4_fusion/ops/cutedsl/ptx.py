@@ -106,26 +106,41 @@ def pack_e4m3(a: Float32, b: Float32, c: Float32, d: Float32) -> Uint32:
 
 def pack_e2m1(values: list[Float32]) -> Uint32:
     """Eight fp32 to E2M1 nibbles, the first lowest, ties to even; from SM100 on."""
-    converts = " ".join(
-        f"cvt.rn.satfinite.e2m1x2.f32 b{i}, {{$r{2 * i + 1}}}, {{$r{2 * i}}};" for i in range(4)
-    )
+    converts = " ".join(f"cvt.rn.satfinite.e2m1x2.f32 b{i}, {{$r{2 * i + 1}}}, {{$r{2 * i}}};" for i in range(4))
     return _word(f"{{ .reg .b8 b0, b1, b2, b3; {converts} mov.b32 {{$w0}}, {{b0, b1, b2, b3}}; }}", *values)
 
 
-# Pairs
+# Pairs; an operand that is an int is a constant, the same in both halves
 
 
-def pair_max(a: Uint32, b: Uint32) -> Uint32:
+def _pair(operation: str, *operands: Uint32 | int) -> Uint32:
+    moves, names, words = "", [], []
+    for index, operand in enumerate(operands):
+        if isinstance(operand, int):  # these instructions take registers only
+            names.append(f"c{index}")
+            moves += f".reg .b32 c{index}; mov.b32 c{index}, {both(operand):#010x}; "
+        else:
+            names.append(f"{{$r{len(words)}}}")
+            words.append(operand)
+    return _word(f"{{ {moves}{operation} {{$w0}}, {', '.join(names)}; }}", *words)
+
+
+def both(half: int) -> int:
+    """The word of a pair of equal values."""
+    return half << 16 | half
+
+
+def pair_max(a: Uint32, b: Uint32 | int) -> Uint32:
     """Elementwise max; NaN if either is NaN."""
-    return _word("max.NaN.bf16x2 {$w0}, {$r0}, {$r1};", a, b)
+    return _pair("max.NaN.bf16x2", a, b)
 
 
-def pair_mul(a: Uint32, b: Uint32) -> Uint32:
-    return _word("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", a, b)
+def pair_mul(a: Uint32, b: Uint32 | int) -> Uint32:
+    return _pair("mul.rn.bf16x2", a, b)
 
 
-def pair_fma(a: Uint32, b: Uint32, c: Uint32) -> Uint32:
-    return _word("fma.rn.bf16x2 {$w0}, {$r0}, {$r1}, {$r2};", a, b, c)
+def pair_fma(a: Uint32, b: Uint32 | int, c: Uint32) -> Uint32:
+    return _pair("fma.rn.bf16x2", a, b, c)
 
 
 def permute(a: Uint32, b: Uint32, selector: int) -> Uint32:

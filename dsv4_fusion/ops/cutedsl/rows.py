@@ -8,6 +8,7 @@ In registers a chunk is four words of two bf16 values.
 
 from __future__ import annotations
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Uint32
 
@@ -56,9 +57,7 @@ class Rows:
                 continue
             first = CHUNK * lane + (SPAN * chunk - (self.d - self.rope))
             if self._plain(chunk) > 0:
-                first = cute.arch.inline_ptx(
-                    "max.s32 {$w0}, {$r0}, 0;", write_only_types=[Int32], read_only_args=[first]
-                )
+                first = cutlass.max(first, 0)
             angles.append([self._four(pointer + (first >> 1)) for pointer in (cos, sin)])
         return angles
 
@@ -93,6 +92,11 @@ class Rows:
 
     def _wide(self, row: list[list[Uint32]]) -> list[list[Float32]]:
         return [[value for word in words for value in ptx.unpack(word)] for words in row]
+
+    def load_norm(self, weight, lane: Int32) -> list[list[Float32]]:
+        """The lane's factors of the norm from the pointer ``weight``, fp32 or bf16."""
+        starts = [weight + (SPAN * chunk + CHUNK * lane) for chunk in range(self.chunks)]
+        return [self._four(start) + self._four(start + 4) for start in starts]
 
     def norm(self, row: list[list[Uint32]], weight: list[list[Float32]], eps: Float32) -> list[list[Uint32]]:
         """RMSNorm: squares added as a tree, neighbours first; one rounding to bf16."""
