@@ -205,3 +205,21 @@ def check_quantiser(mxfp4: bool, amax_floor: float | None = None, ties: str = "e
         )
     if ties not in TIES:
         raise ValueError(f"ties must be 'even' or 'zero', got {ties!r}")
+
+
+# What the CuTe DSL kernels take
+
+
+def cutedsl_limits(rows: Tensor, cos: Tensor | None, sin: Tensor | None, *whole: Tensor | None) -> str | None:
+    """They read four angles and eight values at a time; ``whole`` are contiguous tensors."""
+    if cos is not None and sin is not None:
+        if cos.shape[1] % 8:
+            return f"the cutedsl kernels rotate multiples of 16 dims, got {2 * cos.shape[1]}"
+        for label, table in (("cos", cos), ("sin", sin)):
+            if table.stride(0) % 4 or table.data_ptr() % (4 * table.element_size()):
+                return f"the cutedsl kernels read four angles at a time: rows of {label} are not aligned to that"
+    if any(stride % 8 for stride in rows.stride()[:-1]) or rows.data_ptr() % 16:
+        return f"the cutedsl kernels read 16 bytes at a time: rows are not aligned to that, strides {rows.stride()}"
+    if any(tensor is not None and tensor.data_ptr() % 16 for tensor in whole):
+        return "the cutedsl kernels read and write 16 bytes at a time: an argument is not aligned to that"
+    return None

@@ -17,6 +17,7 @@ from ._indexer import (
     check_quantiser,
     check_rope,
     check_tensor,
+    cutedsl_limits,
     hadamard_ref,
     quantise_fp8_ref,
     quantise_mxfp4_ref,
@@ -181,12 +182,10 @@ def fake_nothing(*_: Any, **__: Any) -> None:
 # Operators
 
 
-def _cutedsl_limits(q: Tensor, positions: Tensor | None, cos: Tensor, *_: Any, **__: Any) -> str | None:
-    if (2 * cos.shape[1]) % 16:
-        return f"the cutedsl kernels rotate multiples of 16 dims, got {2 * cos.shape[1]}"
-    if q.stride(0) % 8 or q.stride(1) % 8 or q.data_ptr() % 16:
-        return f"the cutedsl kernels read 16 bytes at a time: q's rows are not aligned, strides {list(q.stride())}"
-    return None
+def _cutedsl_limits(
+    q: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor, *outs: Tensor, **_: Any
+) -> str | None:
+    return cutedsl_limits(q, cos, sin, *outs)
 
 
 def _kernels(function: str) -> list[Implementation]:

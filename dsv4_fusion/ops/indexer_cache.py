@@ -29,6 +29,7 @@ from ._indexer import (
     check_quantiser,
     check_rope,
     check_tensor,
+    cutedsl_limits,
     dequantise_fp8_ref,
     dequantise_mxfp4_ref,
     hadamard_ref,
@@ -79,32 +80,41 @@ def indexer_cache_bytes(page_size: int, format: str, head_dim: int = 128) -> int
 
 def _row_ref(
     k: Tensor,
+    cache: Tensor,
+    slots: Tensor,
     norm_weight: Tensor | None,
     positions: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     norm_eps: float,
     hadamard: bool,
-) -> Tensor:
-    if norm_weight is not None:
-        k = rms_norm_ref(k, norm_weight, norm_eps)
-    if cos is not None and sin is not None:
-        k = rotate_ref(k, *rope_rows(positions, cos, sin))
-    return hadamard_ref(k) if hadamard else k
-
-
-def _store_ref(cache: Tensor, slots: Tensor, values: Tensor, scales: Tensor, page_size: int) -> None:
-    """``values`` uint8 [T, n] and ``scales`` uint8 [T, 4] into the slots; slots outside the cache are left out."""
+    page_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The rows to be quantised, and their slots: tokens that are skipped are left out, whatever their positions."""
     end = cache.shape[0] * page_size
     if slots.device.type == "cpu" and slots.numel():
         low, high = int(slots.min()), int(slots.max())
         expect(low >= -1 and high < end, lambda: f"slots must be in [-1, {end}), got {low} to {high}")
     kept = (slots >= 0) & (slots < end)
-    slots, values, scales = slots[kept].long(), values[kept], scales[kept]
+    k = k[kept]
+    if norm_weight is not None:
+        k = rms_norm_ref(k, norm_weight, norm_eps)
+    if cos is not None and sin is not None:
+        if positions is None:
+            cos, sin = cos[kept], sin[kept]
+        else:
+            cos, sin = rope_rows(positions[kept], cos, sin)
+        k = rotate_ref(k, cos, sin)
+    return hadamard_ref(k) if hadamard else k, slots[kept].long()
+
+
+def _store_ref(cache: Tensor, slots: Tensor, values: Tensor, scales: Tensor, page_size: int) -> None:
+    """``values`` uint8 [T, n] and ``scales``, four bytes each, into the slots."""
     page, row = slots.unsqueeze(1) // page_size, slots.unsqueeze(1) % page_size
     width = values.shape[1]
     cache[page, row * width + torch.arange(width, device=cache.device)] = values
     begin = page_size * width
+    scales = scales.unsqueeze(1).view(torch.uint8)
     cache[page, begin + row * SCALE_BYTES + torch.arange(SCALE_BYTES, device=cache.device)] = scales
 
 
@@ -124,9 +134,9 @@ def indexer_k_store_fp8_ref(
     page_size: int = 64,
 ) -> None:
     """Plain PyTorch form of :func:`indexer_k_store_fp8`."""
-    k = _row_ref(k, norm_weight, positions, cos, sin, norm_eps, hadamard)
+    k, slots = _row_ref(k, cache, slots, norm_weight, positions, cos, sin, norm_eps, hadamard, page_size)
     values, scale = quantise_fp8_ref(k, amax_floor, power_of_two_scale)
-    _store_ref(cache, slots, values.view(torch.uint8), scale.unsqueeze(1).view(torch.uint8), page_size)
+    _store_ref(cache, slots, values.view(torch.uint8), scale, page_size)
 
 
 def indexer_k_store_mxfp4_ref(
@@ -145,9 +155,9 @@ def indexer_k_store_mxfp4_ref(
     page_size: int = 64,
 ) -> None:
     """Plain PyTorch form of :func:`indexer_k_store_mxfp4`."""
-    k = _row_ref(k, norm_weight, positions, cos, sin, norm_eps, hadamard)
+    k, slots = _row_ref(k, cache, slots, norm_weight, positions, cos, sin, norm_eps, hadamard, page_size)
     values, scale = quantise_mxfp4_ref(k, amax_floor, ties)
-    _store_ref(cache, slots, values, scale.unsqueeze(1).view(torch.uint8), page_size)
+    _store_ref(cache, slots, values, scale, page_size)
 
 
 def indexer_k_load_ref(
@@ -291,20 +301,26 @@ def _fake_load(
 # Operators
 
 
-def _cutedsl_limits(k: Tensor, cache: Tensor, *rest: Any, **_: Any) -> str | None:
-    cos = rest[3] if len(rest) > 3 else None
-    if cos is not None and (2 * cos.shape[1]) % 16:
-        return f"the cutedsl kernels rotate multiples of 16 dims, got {2 * cos.shape[1]}"
-    if k.stride(0) % 8 or k.data_ptr() % 16:
-        return f"the cutedsl kernels read 16 bytes at a time: k's rows are not aligned, strides {list(k.stride())}"
-    if cache.stride(0) % 16 or cache.data_ptr() % 16:
-        return f"the cutedsl kernels write 16 bytes at a time: pages are not aligned, page stride {cache.stride(0)}"
-    return None
+def _cutedsl_limits(
+    k: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    norm_weight: Tensor | None = None,
+    positions: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    **_: Any,
+) -> str | None:
+    if cache.stride(0) % 8 or cache.data_ptr() % 8:
+        return f"the cutedsl kernels write 8 bytes at a time: pages are not aligned to that, stride {cache.stride(0)}"
+    return cutedsl_limits(k, cos, sin, norm_weight)
 
 
 def _kernels(function: str) -> list[Implementation]:
     return [
-        Implementation("cutedsl", f"dsv4_fusion.ops.cutedsl.indexer:{function}", _cutedsl_limits, capability=(9, 0)),
+        Implementation(
+            "cutedsl", f"dsv4_fusion.ops.cutedsl.indexer_cache:{function}", _cutedsl_limits, capability=(9, 0)
+        ),
         Implementation("triton", f"dsv4_fusion.ops.triton.indexer_cache:{function}"),
     ]
 
@@ -368,6 +384,7 @@ def indexer_k_store_fp8(
             cache are an error; a GPU cannot raise it, and skips these tokens too. Slots must differ.
         norm_weight: [d] fp32 or bf16: normalise the key first, in fp32, rounded to bf16.
         positions, cos, sin: as in :func:`~dsv4_fusion.ops.indexer_q_fp8`; without cos and sin nothing is rotated.
+            Positions of skipped tokens may be anything.
         norm_eps: added to the mean square.
         hadamard, amax_floor, power_of_two_scale: as in :func:`~dsv4_fusion.ops.indexer_q_fp8`.
         page_size: tokens a page, a power of two.

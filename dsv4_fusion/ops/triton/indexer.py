@@ -74,7 +74,7 @@ def quantise_q(
     else:
         code, scale = quantise_fp8(x, floor, OPTION, HARDWARE)
         tl.store(out_ptr + out[:, None] * D + column, code, mask=here[:, None])
-        weight = weight * tl.reshape(scale, [HEADS])
+        weight = weight * scale
     tl.store(weights_out_ptr + out, weight * dim_factor * head_factor, mask=here)
 
 

@@ -44,20 +44,20 @@ def store(
     column = tl.arange(0, D)[None, :]
     x = tl.load(k_ptr + token[:, None] * k_stride + column, mask=here[:, None], other=0.0)
     slot = tl.load(slots_ptr + token, mask=here, other=-1).to(tl.int64)
+    kept = (slot >= 0) & (slot < end)
     x = widen(x)
     if norm_ptr is not None:
         x = rms_norm(x, tl.load(norm_ptr + column).to(tl.float32), norm_eps, TOKENS, D)
     if R > 0:
         row = token
         if positions_ptr is not None:
-            row = tl.load(positions_ptr + token, mask=here, other=0).to(tl.int64)
-        row = tl.where(here, row, 0)[:, None]
+            row = tl.load(positions_ptr + token, mask=kept, other=0).to(tl.int64)
+        row = tl.where(kept, row, 0)[:, None]  # positions of skipped tokens may be anything
         x = rotate(
             x, load_rope(cos_ptr, row, cos_stride, D, R), load_rope(sin_ptr, row, sin_stride, D, R), TOKENS, D, R
         )
     if HADAMARD:
         x = hadamard(x, TOKENS, D)
-    kept = (slot >= 0) & (slot < end)
     slot = tl.where(kept, slot, 0)
     page_ptr = cache_ptr + (slot // PAGE) * page_stride
     slot = slot % PAGE
@@ -67,7 +67,7 @@ def store(
     else:
         WIDTH: tl.constexpr = D
         code, scale = quantise_fp8(x, floor, OPTION, HARDWARE)
-        scale = tl.reshape(scale, [TOKENS]).to(tl.int32, bitcast=True)
+        scale = scale.to(tl.int32, bitcast=True)
     byte = tl.arange(0, WIDTH)[None, :]
     tl.store(page_ptr[:, None] + slot[:, None] * WIDTH + byte, code, mask=kept[:, None])
     tl.store((page_ptr + PAGE * WIDTH + slot * 4).to(tl.pointer_type(tl.int32)), scale, mask=kept)

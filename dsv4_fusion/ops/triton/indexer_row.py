@@ -128,15 +128,16 @@ def _e4m3(y, HARDWARE: tl.constexpr):
 
 @triton.jit
 def quantise_fp8(x, floor, POWER_OF_TWO: tl.constexpr, HARDWARE: tl.constexpr):
-    """Bytes [ROWS, D] and scales [ROWS, 1], NaN where the row is not finite."""
-    largest = tl.max(_bits(x) & 0x7FFFFFFF, 1, keep_dims=True)
+    """Bytes [ROWS, D] and scales [ROWS], NaN where the row is not finite."""
+    largest = tl.max(_bits(x) & 0x7FFFFFFF, 1)
     scale, exponent, finite = _scale_exponent(largest, floor, 448.0)
     if POWER_OF_TWO:
         scale = _power(exponent)
-        y = x * _power(254 - exponent)
+        y = x * _power(254 - exponent)[:, None]
     else:
-        y = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
-    code = tl.where(finite, _e4m3(tl.where(finite, y, 0.0), HARDWARE), 0x7F)
+        y = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    finite_row = finite[:, None]
+    code = tl.where(finite_row, _e4m3(tl.where(finite_row, y, 0.0), HARDWARE), 0x7F)
     return code.to(tl.uint8), tl.where(finite, scale, float("nan"))
 
 
