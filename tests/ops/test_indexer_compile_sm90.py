@@ -20,9 +20,11 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def query_cases() -> Iterator[Case]:
     bf16, fp32 = torch.bfloat16, torch.float32
+    functions = "indexer_q_fp8", "indexer_q_mxfp4"
     sizes = [
-        *itertools.product(("indexer_q_fp8", "indexer_q_mxfp4"), (1, 8192), (128,), (False, True), (fp32,), (True,)),
-        *itertools.product(("indexer_q_fp8", "indexer_q_mxfp4"), (1,), (64,), (True,), (bf16,), (True, False)),
+        *itertools.product(functions, (8192,), (128,), (False, True), (fp32,), (True,)),
+        *itertools.product(functions, (1,), (128,), (True,), (fp32,), (True,)),
+        *itertools.product(functions, (1,), (64,), (False,), (bf16,), (False,)),
     ]
     for function, tokens, d, hadamard, table, e4m3 in sizes:
         arguments = {
@@ -40,8 +42,8 @@ def query_cases() -> Iterator[Case]:
 
 def cache_cases() -> Iterator[Case]:
     module, bf16 = "dsv4_fusion.ops.triton.indexer_cache", torch.bfloat16
-    for function, d, fused in itertools.product(
-        ("indexer_k_store_fp8", "indexer_k_store_mxfp4"), (64, 128), (False, True)
+    for function, (d, fused) in itertools.product(
+        ("indexer_k_store_fp8", "indexer_k_store_mxfp4"), ((64, False), (128, True))
     ):
         arguments = {
             "k": empty(100, d, dtype=bf16),
@@ -57,7 +59,7 @@ def cache_cases() -> Iterator[Case]:
                 "sin": empty(4096, PAIRS, dtype=torch.float32),
             }
         yield Case("triton", module, function, arguments, f"{function}-{d}-fused={fused}", {"has_e4m3": lambda _: True})
-    for format, d in itertools.product(("fp8", "mxfp4"), (64, 128)):
+    for format, d in (("fp8", 64), ("mxfp4", 128)):
         arguments = {
             "cache": empty(10, 64 * (d + 4), dtype=torch.uint8),
             "block_table": empty(3, 4, dtype=torch.int32),
