@@ -1,21 +1,26 @@
 """mHC: ``hc_pre``, ``hc_post`` and the head, apart and joined at the boundaries between sublayers.
 
 The search functions are Hugging Face's own ``forward`` methods, run on stand-ins for ``self``: nothing of the model is
-retyped, and the patterns follow the transformers version that is installed.
+retyped, and the patterns follow the transformers version that is installed. DeepSeek's inference code cannot be
+imported: its form is written down here, and the operators' own references are a third.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.fx import Node
 
 from .. import ops
+from ..ops.hyper_connection import hc_head_ref, hc_post_ref, hc_pre_ref, sinkhorn_ref
 from ._pattern import SIZES, Computation, Fusion, Trace
 
 aten = torch.ops.aten
@@ -26,11 +31,12 @@ _PARAMETERS = frozenset({"fn", "base", "scale", "norm_weight"})
 
 
 class Structure(NamedTuple):
-    """What a trace fixes: the streams' dtype, their number, the Sinkhorn iterations."""
+    """What a trace fixes: the streams' dtype, their number, the Sinkhorn iterations, whose code it is."""
 
     dtype: torch.dtype
     hc: int
     sinkhorn_iters: int = 1
+    dialect: str = "hugging_face"
 
 
 def _modeling() -> ModuleType | None:
@@ -38,9 +44,14 @@ def _modeling() -> ModuleType | None:
     return sys.modules.get("transformers.models.deepseek_v4.modeling_deepseek_v4")
 
 
-def _structures(anchor: Node, hc: int, sinkhorn_iters: int = 1) -> Iterator[Structure]:
+def _structures(
+    anchor: Node, hc: int, sinkhorn_iters: int = 1, dialects: tuple[str, ...] = ("deepseek", "reference")
+) -> Iterator[Structure]:
+    dtype = _streams_dtype(anchor, hc)
     if _modeling() is not None:
-        yield Structure(_streams_dtype(anchor, hc), hc, sinkhorn_iters)
+        yield Structure(dtype, hc, sinkhorn_iters)
+    for dialect in dialects:
+        yield Structure(dtype, hc, sinkhorn_iters, dialect)
 
 
 def _streams_dtype(anchor: Node, hc: int) -> torch.dtype:
@@ -86,7 +97,14 @@ def _post_sites(node: Node) -> Iterator[Structure]:
     """``node`` is a batched product with small square matrices on the left."""
     shape = node.args[0].meta["val"].shape
     if isinstance(shape[-1], int) and shape[-1] == shape[-2] and shape[-1] <= _MOST_STREAMS:
-        yield from _structures(node, shape[-1])
+        yield from _structures(node, shape[-1], dialects=("reference",))
+
+
+def _post_sum_sites(node: Node) -> Iterator[Structure]:
+    """``node`` is the sum over the first of two stream dimensions of [B, S, HC, HC, D]."""
+    shape = node.args[0].meta["val"].shape
+    if len(shape) == 5 and isinstance(shape[2], int) and shape[2] == shape[3] <= _MOST_STREAMS and node.args[1] == [2]:
+        yield Structure(_streams_dtype(node.args[0], shape[2]), shape[2], dialect="deepseek")
 
 
 def _head_sites(node: Node) -> Iterator[Structure]:
@@ -106,7 +124,7 @@ def _head_sites(node: Node) -> Iterator[Structure]:
 
 
 def _tensors(structure: Structure, mix: int, scales: int) -> dict[str, torch.Tensor]:
-    (b, s, d), hc = SIZES.values(), structure.hc
+    (b, s, d, *_), hc = SIZES.values(), structure.hc
     return {
         "output": torch.empty(b, s, d, dtype=structure.dtype),
         "hidden_streams": torch.empty(b, s, hc, d, dtype=structure.dtype),
@@ -141,6 +159,76 @@ def _post(ffn_hc: Any, output, hidden_streams, post, comb) -> None:
     inspect.unwrap(_modeling().DeepseekV4DecoderLayer.forward)(layer, hidden_streams)
 
 
+class _Dialect(NamedTuple):
+    pre: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    post: Callable[..., Tensor]
+    head: Callable[..., Tensor]
+
+
+def _deepseek_mixes(wide: Tensor, fn: Tensor) -> Tensor:
+    return F.linear(wide, fn) * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _SCALARS["rms_eps"])
+
+
+def _deepseek_collapse(pre: Tensor, wide: Tensor, streams: Tensor) -> Tensor:
+    return (pre.unsqueeze(-1) * wide.view(streams.shape)).sum(2).to(streams.dtype)
+
+
+def _deepseek_pre(streams, fn, base, scale, *, sinkhorn_iters):
+    hc, eps, wide = streams.shape[2], _SCALARS["hc_eps"], streams.flatten(2).float()
+    sizes = [hc, hc, hc * hc]
+    pre, post, comb = _deepseek_mixes(wide, fn).split(sizes, -1)
+    pre_base, post_base, comb_base = base.split(sizes)
+    pre_scale, post_scale, comb_scale = scale.unbind(0)
+    pre = torch.sigmoid(pre * pre_scale + pre_base) + eps
+    post = 2 * torch.sigmoid(post * post_scale + post_base)
+    comb = sinkhorn_ref((comb * comb_scale + comb_base).unflatten(-1, (hc, hc)), eps, sinkhorn_iters)
+    return post, comb, _deepseek_collapse(pre, wide, streams)
+
+
+def _deepseek_post(output, streams, post, comb):
+    mixed = (comb.unsqueeze(-1) * streams.unsqueeze(-2)).sum(2)
+    return (post.unsqueeze(-1) * output.unsqueeze(-2) + mixed).to(streams.dtype)
+
+
+def _deepseek_head(streams, fn, base, scale):
+    wide = streams.flatten(2).float()
+    pre = torch.sigmoid(_deepseek_mixes(wide, fn) * scale + base) + _SCALARS["hc_eps"]
+    return _deepseek_collapse(pre, wide, streams)
+
+
+_EPS = {"rms_eps": _SCALARS["rms_eps"], "hc_eps": _SCALARS["hc_eps"]}
+_DIALECTS = {
+    "deepseek": _Dialect(_deepseek_pre, _deepseek_post, _deepseek_head),
+    "reference": _Dialect(partial(hc_pre_ref, **_EPS), hc_post_ref, partial(hc_head_ref, **_EPS)),
+}
+
+
+def _deepseek_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _SCALARS["norm_eps"])
+    return (weight * wide).to(x.dtype)
+
+
+def _boundary_of(dialect: _Dialect, sinkhorn_iters: int) -> Callable[..., dict[str, Tensor]]:
+    def function(output, hidden_streams, post, comb, fn, base, scale, norm_weight):
+        streams = dialect.post(output, hidden_streams, post, comb)
+        new_post, new_comb, collapsed = dialect.pre(streams, fn, base, scale, sinkhorn_iters=sinkhorn_iters)
+        values = {"new_streams": streams, "new_post": new_post, "new_comb": new_comb, "collapsed": collapsed}
+        return values | {"normed": _deepseek_norm(collapsed, norm_weight)}
+
+    return function
+
+
+def _end_of(dialect: _Dialect) -> Callable[..., dict[str, Tensor]]:
+    def function(output, hidden_streams, post, comb, fn, base, scale, norm_weight):
+        streams = dialect.post(output, hidden_streams, post, comb)
+        collapsed = dialect.head(streams, fn, base, scale)
+        normed = _deepseek_norm(collapsed, norm_weight)
+        return {"new_streams": streams, "collapsed": collapsed, "normed": normed}
+
+    return function
+
+
 def _boundary(structure: Structure) -> Trace:
     """A sublayer's output into the streams, then the next sublayer's input out of them."""
     hc = structure.hc
@@ -166,6 +254,8 @@ def _boundary(structure: Structure) -> Trace:
         return values | {"normed": _rms_norm(values["collapsed"], norm_weight)}
 
     constants = {"sinkhorn_iters": structure.sinkhorn_iters}
+    if structure.dialect in _DIALECTS:
+        function = _boundary_of(_DIALECTS[structure.dialect], structure.sinkhorn_iters)
     return Trace(function, _tensors(structure, (2 + hc) * hc, 3), _SCALARS, _PARAMETERS, constants)
 
 
@@ -186,6 +276,8 @@ def _end(structure: Structure) -> Trace:
         collapsed = _modeling().DeepseekV4HyperHead.forward(head, values["new_streams"])
         return values | {"collapsed": collapsed, "normed": _rms_norm(collapsed, norm_weight)}
 
+    if structure.dialect in _DIALECTS:
+        function = _end_of(_DIALECTS[structure.dialect])
     return Trace(function, _tensors(structure, structure.hc, 1), _SCALARS, _PARAMETERS)
 
 
@@ -223,4 +315,5 @@ COMPUTATIONS = (
     Computation(aten.exp.default, _sinkhorn_sites, _boundary, (*HC_POST_PRE, *HC_PRE)),
     Computation(aten.sigmoid.default, _head_sites, _end, (*HC_POST_HEAD, *HC_HEAD)),
     Computation(aten.bmm.default, _post_sites, _end, HC_POST),
+    Computation(aten.sum.dim_IntList, _post_sum_sites, _end, HC_POST),
 )
