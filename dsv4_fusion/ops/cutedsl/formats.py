@@ -12,9 +12,11 @@ INFINITY = 0x7F80  # bf16; what is not below it is not finite
 MAGNITUDES = 0x7FFF7FFF  # of a pair
 
 
-def tree_max(pairs: list[Uint32]) -> Uint32:
+def largest(pairs: list[Uint32], maximum) -> Uint32:
+    """By ``maximum`` of two, three at a time, since Hopper has a max of three."""
     while len(pairs) > 1:
-        pairs = [ptx.pair_max(pairs[i], pairs[i + 1]) for i in range(0, len(pairs), 2)]
+        a, b, *rest = pairs
+        pairs = [*rest[1:], maximum(maximum(a, b), rest[0])] if rest else [maximum(a, b)]
     return pairs[0]
 
 
@@ -33,7 +35,7 @@ class FP8Rows(Rows):
 
     def quantise(self, row: list[list[Uint32]], lane: Int32, floor: Float32) -> tuple[list[list[Uint32]], Uint32]:
         """Words of four bytes for every chunk, and the fp32 scale's bits, the same in all lanes."""
-        pair = tree_max([word & Uint32(MAGNITUDES) for words in row for word in words])
+        pair = largest([word for words in row for word in words], ptx.pair_max_abs) & Uint32(MAGNITUDES)
         for distance in (1, 2, 4):
             pair = ptx.pair_max(pair, across(pair, distance))
         amax = ptx.pair_max(pair, pair >> Uint32(16)) << Uint32(16)
@@ -77,7 +79,7 @@ class MXFP4Rows(Rows):
         A block of 32 is one chunk of four lanes: the lower four have blocks 0 and 2, the upper four 1 and 3.
         """
         magnitudes = [[word & Uint32(MAGNITUDES) for word in words] for words in row]
-        tops = [tree_max(words) for words in magnitudes]
+        tops = [largest(words, ptx.pair_max) for words in magnitudes]
         # The maxima of the chunks side by side in one word: half as many shuffles
         first, last = tops[0], tops[-1]
         pair = ptx.pair_max(ptx.permute(first, last, 0x5410), ptx.permute(first, last, 0x7632))
@@ -118,16 +120,14 @@ class MXFP4Rows(Rows):
                 # Times 1 - 2^-8, inside the one rounding, a tie is below the tie, and nothing else crosses one
                 total = ptx.pair_fma(x, 0x3F7F, power + Uint32(ptx.both(6 << 7)))
             # total - (133 << 7) is k << 7 | c in each half; times 4 + 256, bits 8 to 10 of each half are c + 2 k
-            codes.append(total * Uint32(260) - Uint32((0x42804280 * 260) & 0xFFFFFFFF))
+            codes.append(ptx.multiply_add(total, 260, -0x42804280 * 260))
         words = []
         for i in (0, 2):
             # bytes: values 0, 2, 1, 3 of four
             code = ptx.permute(codes[i], codes[i + 1], 0x7351)
             sign = ptx.permute(signs[i], signs[i + 1], 0xFBD9)
-            low = Uint32(0x07070707)
-            nibbles = (code & low) | (sign & ~low)
-            low = Uint32(0x0F0F0F0F)
-            words.append((nibbles & low) | ((nibbles >> Uint32(12)) & ~low))
+            nibbles = ptx.merge(0x07070707, code, sign)
+            words.append(ptx.merge(0x0F0F0F0F, nibbles, nibbles >> Uint32(12)))
         return ptx.permute(words[0], words[1], 0x5410)
 
 

@@ -110,10 +110,9 @@ class Queries:
                     offset = (SPAN * chunk + CHUNK * lane) * 4 // rows.values
                     ptx.store(values.iterator + (start + offset), packed[chunk])
 
+        folded = weight
         if cutlass.const_expr(scales is None):
             folded = ptx.mul(weight, ptx.real(scale))
-        else:
-            folded = weight
         folded = ptx.bits(ptx.mul(ptx.mul(folded, Float32(d**-0.5)), Float32(heads**-0.5)))
         if cutlass.const_expr(scales is None):
             folded = ptx.select(scale == NAN, Uint32(NAN), folded)

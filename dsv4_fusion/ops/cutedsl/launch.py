@@ -23,6 +23,9 @@ DTYPES = {
 }
 
 
+_keep: list[object] = []  # they own the loaded code
+
+
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
@@ -47,9 +50,12 @@ def strided(dtype: torch.dtype, *shape):
 def compiled(kernel, *arguments, arch: str = "", options: str = ""):
     """``kernel(*arguments, stream)`` compiled; ``arch`` as "sm_90a", or empty for the current device's."""
     target = f" --gpu-arch {arch}" if arch else ""
-    return cute.compile(
+    callable_ = cute.compile(
         kernel,
         *arguments,
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi{target} {options}".strip(),
     )
+    _keep.append(callable_)
+    # What it calls after two wrappers in Python for keyword arguments, which cost about a microsecond
+    return getattr(callable_, "_tvm_ffi_function", None) or callable_

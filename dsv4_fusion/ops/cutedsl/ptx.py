@@ -82,6 +82,17 @@ def select(condition, yes: Uint32, no: Uint32) -> Uint32:
     return Uint32(cutlass.select_(condition, yes, no))
 
 
+def merge(mask: int, ones: Uint32, zeros: Uint32) -> Uint32:
+    """``ones`` where the mask has ones, ``zeros`` elsewhere, in one instruction."""
+    return _word(f"lop3.b32 {{$w0}}, {{$r0}}, {{$r1}}, {mask:#x}, 0xe4;", ones, zeros)
+
+
+def multiply_add(a: Uint32, b: int, c: int) -> Uint32:
+    """a · b + c modulo 2^32, in one instruction, which compilers take apart if they see the numbers."""
+    code = f"{{ .reg .b32 b, c; mov.b32 b, {b:#x}; mov.b32 c, {c % 2**32:#x}; mad.lo.u32 {{$w0}}, {{$r0}}, b, c; }}"
+    return _word(code, a)
+
+
 # Conversions
 
 
@@ -133,6 +144,11 @@ def both(half: int) -> int:
 def pair_max(a: Uint32, b: Uint32 | int) -> Uint32:
     """Elementwise max; NaN if either is NaN."""
     return _pair("max.NaN.bf16x2", a, b)
+
+
+def pair_max_abs(a: Uint32, b: Uint32) -> Uint32:
+    """Elementwise max of the magnitudes, with some sign; NaN if either is NaN."""
+    return _pair("max.NaN.xorsign.abs.bf16x2", a, b)
 
 
 def pair_mul(a: Uint32, b: Uint32 | int) -> Uint32:
