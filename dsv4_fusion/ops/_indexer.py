@@ -140,7 +140,7 @@ def rope_rows(positions: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tenso
     """The rows of cos and sin that belong to the tokens."""
     if positions is None:
         return cos, sin
-    if positions.device.type == "cpu" and positions.numel():
+    if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
         low, high = int(positions.min()), int(positions.max())
         expect(
             low >= 0 and high < cos.shape[0],
