@@ -236,29 +236,31 @@ def _compile(folder, build, *arguments, arch: str = "sm_90a") -> None:
     assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], usage
 
 
-@pytest.mark.parametrize("coarsening", [indexer.FEW, indexer.MANY])
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("form", range(4))
 @pytest.mark.parametrize(
-    ("d", "rope", "heads", "positions", "angles", "weights"),
-    [(128, 64, 64, torch.int64, *FLOATS), (64, 48, 6, None, torch.bfloat16, torch.float32)],
+    ("d", "rope", "heads", "positions", "angles", "weights", "coarsening"),
+    [
+        (128, 64, 64, torch.int64, *FLOATS, indexer.FEW),
+        (128, 64, 64, torch.int64, *FLOATS, indexer.MANY),
+        (64, 48, 6, None, torch.bfloat16, torch.float32, indexer.MANY),
+    ],
 )
-def test_queries_compile(tmp_path, d, rope, heads, positions, angles, weights, form, hadamard, coarsening):
+def test_queries_compile(tmp_path, d, rope, heads, positions, angles, weights, coarsening, form, hadamard):
     kernel = _formats(d, rope, hadamard)[form]
     _compile(tmp_path, indexer.build, kernel, heads, positions, angles, weights, coarsening)
 
 
-@pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("form", range(4))
 @pytest.mark.parametrize(
-    ("d", "rope", "slots", "norm", "positions", "angles"),
+    ("d", "rope", "slots", "norm", "positions", "angles", "hadamard"),
     [
-        (128, 64, torch.int64, torch.bfloat16, torch.int64, torch.float32),
-        (128, 0, torch.int32, None, None, None),
-        (64, 64, torch.int32, torch.float32, None, torch.bfloat16),
+        (128, 64, torch.int64, torch.bfloat16, torch.int64, torch.float32, True),
+        (128, 0, torch.int32, None, None, None, False),
+        (64, 64, torch.int32, torch.float32, None, torch.bfloat16, False),
     ],
 )
-def test_keys_compile(tmp_path, d, rope, slots, norm, positions, angles, form, hadamard):
+def test_keys_compile(tmp_path, d, rope, slots, norm, positions, angles, hadamard, form):
     kernel = _formats(d, rope, hadamard)[form]
     _compile(tmp_path, indexer_cache.build, kernel, 64, slots, norm, positions, angles)
 

@@ -10,7 +10,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int64, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from torch import Tensor
 
 from . import launch, ptx
@@ -73,11 +73,12 @@ class Queries:
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         lane = thread % LANES
-        group = block * (self.threads // LANES) + thread // LANES
-        inside = group < q.shape[0] * self.groups
+        groups = Uint32(q.shape[0] * self.groups)
+        group = Uint32(block * (self.threads // LANES) + thread // LANES)
+        inside = group < groups
         # Threads beyond the end do the last group's work again, and store nothing
-        group = cutlass.min(group, q.shape[0] * self.groups - 1)
-        token, first = Int64(group // self.groups), group % self.groups
+        group = cutlass.min(group, groups - 1)
+        token, first = Int64(group // self.groups), Int32(group % self.groups)
         # Neighbouring groups have neighbouring heads; a thread's own heads are `groups` apart
         own = [first + j * self.groups for j in range(count)]
         if cutlass.const_expr(heads % count):
@@ -86,15 +87,15 @@ class Queries:
         # All loads first: they are in flight together
         base = q.iterator + token * q.stride[0]
         loaded = [rows.load(base + Int64(head) * q.stride[1], lane) for head in own]
-        at = token
-        if cutlass.const_expr(positions is not None):
-            at = Int64(positions[token])
-        angles = rows.load_angles(cos.iterator + at * cos.stride[0], sin.iterator + at * sin.stride[0], lane)
         # Lane j has the weight and the scale of the thread's head j
         head = first + lane * self.groups
         writes = inside & (lane < count) & (head < heads)
         head = cutlass.min(head, heads - 1)
-        weight = Float32(weights[token, head])
+        weight = ptx.load_real(weights.iterator + (token * weights.stride[0] + Int64(head) * weights.stride[1]))
+        at = token
+        if cutlass.const_expr(positions is not None):
+            at = ptx.load_index(positions.iterator + token * positions.stride[0])
+        angles = rows.load_angles(cos.iterator + at * cos.stride[0], sin.iterator + at * sin.stride[0], lane)
 
         scale = Uint32(0)
         for j in cutlass.range_constexpr(count):

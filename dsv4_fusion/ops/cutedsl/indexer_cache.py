@@ -81,7 +81,7 @@ class Keys:
             if cutlass.const_expr(positions is not None):
                 at = Int64(0)  # of padding, positions may be anything
                 if writes:
-                    at = Int64(positions[token])
+                    at = ptx.load_index(positions.iterator + token * positions.stride[0])
             angles = rows.load_angles(cos.iterator + at * cos.stride[0], sin.iterator + at * sin.stride[0], lane)
             row = rows.rotate(row, angles, lane)
         if cutlass.const_expr(rows.hadamard):

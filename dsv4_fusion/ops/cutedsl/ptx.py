@@ -6,7 +6,7 @@ A *word* is a Uint32; two bf16 values in a word are called a pair, the one with 
 from __future__ import annotations
 
 import cutlass
-from cutlass import Float32, Uint32
+from cutlass import Float32, Int64, Uint32
 from cutlass.cute.arch import inline_ptx
 
 
@@ -18,16 +18,35 @@ def _float(code: str, *operands) -> Float32:
     return inline_ptx(code, write_only_types=[Float32], read_only_args=list(operands))
 
 
-# Memory: 16, 8 and 4 bytes at an aligned address of global memory
+# Global memory, at addresses aligned to the access. Relaxed loads keep the order they are written in; the assembler
+# moves others behind whatever does not need them, to save registers, and their latencies add up.
+
+STREAMED = "ld.relaxed.gpu.global"  # passes the L1 cache by
+CACHED = "ld.global"
 
 
-def load(pointer, words: int) -> list[Uint32]:
+def load(pointer, words: int, kind: str = CACHED) -> list[Uint32]:
     """``words`` (1, 2 or 4) words in one instruction."""
     if words == 1:
-        return [_word("ld.global.b32 {$w0}, [{$r0}];", pointer)]
+        return [_word(f"{kind}.b32 {{$w0}}, [{{$r0}}];", pointer)]
     registers = ", ".join(f"{{$w{i}}}" for i in range(words))
-    code = f"ld.global.v{words}.b32 {{{registers}}}, [{{$r0}}];"
+    code = f"{kind}.v{words}.b32 {{{registers}}}, [{{$r0}}];"
     return list(inline_ptx(code, write_only_types=[Uint32] * words, read_only_args=[pointer]))
+
+
+def load_real(pointer) -> Float32:
+    """A bf16 or fp32, streamed."""
+    if pointer.value_type is Float32:
+        return real(load(pointer, 1, STREAMED)[0])
+    half = (
+        f"{{ .reg .b16 zero, half; mov.b16 zero, 0; {STREAMED}.b16 half, [{{$r0}}]; mov.b32 {{$w0}}, {{zero, half}}; }}"
+    )
+    return real(_word(half, pointer))
+
+
+def load_index(pointer) -> Int64:
+    """A non-negative int32 or int64 below 2^32, streamed."""
+    return Int64(load(pointer, 1, STREAMED)[0])
 
 
 def store(pointer, words: list[Uint32]) -> None:

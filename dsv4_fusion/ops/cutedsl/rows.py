@@ -39,7 +39,7 @@ class Rows:
 
     def load(self, row, lane: Int32) -> list[list[Uint32]]:
         """The lane's chunks of the row that begins at the pointer ``row``."""
-        return [ptx.load(row + (SPAN * chunk + CHUNK * lane), 4) for chunk in range(self.chunks)]
+        return [ptx.load(row + (SPAN * chunk + CHUNK * lane), 4, ptx.STREAMED) for chunk in range(self.chunks)]
 
     # RoPE
 
