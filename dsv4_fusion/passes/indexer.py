@@ -170,7 +170,8 @@ def _score_sites(mxfp4: bool, node: Node) -> Iterator[Queries]:
     d = product.args[0].meta["val"].shape[-1]
     if d in _DIMS:
         rotated = _nearest(product.args[0], _is(aten.view_as_complex.default), _FAR)
-        rope = 2 * rotated.meta["val"].shape[-1] if rotated is not None else d // 2
+        pairs = rotated.meta["val"].shape[-1] if rotated is not None else None
+        rope = 2 * pairs if isinstance(pairs, int) else d // 2
         for hadamard in (True, False):
             yield Queries(value.shape[2], d, rope, hadamard, mxfp4, single=_single(value))
 
@@ -275,6 +276,8 @@ def _amax_sites(mxfp4: bool, node: Node) -> Iterator[Queries]:
         return
     hadamard = _nearest(node, _is(aten.cat.default), _FAR) is not joined
     rope = joined.args[0][-1].meta["val"].shape[-1]
+    if not isinstance(rope, int):
+        return
     for option in ("even", "zero") if mxfp4 else (True, False):
         for table_dtype in (torch.float32, torch.bfloat16):
             for weights_dtype in (torch.bfloat16, torch.float32):
@@ -317,7 +320,7 @@ def _hugging_face_sites(node: Node) -> Iterator[Queries]:
     if _modeling() is None or product is None or value.dim() != 4 or not isinstance(value.shape[2], int):
         return
     joined = _nearest(product.args[0], _is(aten.cat.default), 16)
-    if joined is not None and isinstance(joined.args[0][-1], Node):
+    if joined is not None and isinstance(joined.args[0][-1], Node):  # the dims that are not rotated, those that are
         d, rope = joined.meta["val"].shape[-1], joined.args[0][-1].meta["val"].shape[-1]
         dtype = joined.meta["val"].dtype
         yield Queries(value.shape[2], d, rope, False, False, table_dtype=dtype, single=_single(value))
