@@ -24,8 +24,12 @@ from ._library import expect
 FP8_MAX = 448.0  # the largest e4m3fn
 FP4_MAX = 6.0  # the largest E2M1
 MXFP4_BLOCK = 32
-MXFP4_FLOOR = FP4_MAX * 2.0**-126  # below it the scale would not be a normal fp32 number
+MXFP4_FLOOR = FP4_MAX * 2.0**-126  # below these the scale would not be a normal fp32 number
+FP8_FLOOR = FP8_MAX * 2.0**-126
+BF16_MAX = torch.finfo(torch.bfloat16).max
 TIES = ("even", "zero")
+FLOATS = (torch.float32, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
 
 
 # References
@@ -149,13 +153,15 @@ def rope_rows(positions: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tenso
     return cos[positions], sin[positions]
 
 
-# Checks, in the real call and in the fake one
+# Checks, in the real call and in the fake one. What is right is found out with few calls: these run at every launch.
 
 
 def check_tensor(
-    label: str, tensor: Tensor, shape: list[Any], dtypes: tuple[torch.dtype, ...], device: torch.device
+    label: str, tensor: Tensor, shape: tuple[Any, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
     """Shape (None: any size), dtype and device of one argument, and that its last dimension is contiguous."""
+    if tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device and tensor.stride(-1) == 1:
+        return
     wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
     expect(tensor.dim() == len(shape), lambda: f"{label} must have shape {wanted}, got {list(tensor.shape)}")
     for got, want in zip(tensor.shape, shape, strict=True):
@@ -174,35 +180,32 @@ def check_tensor(
 
 
 def check_dim(d: int) -> None:
-    expect(d == 64 or d == 128, lambda: f"the head dim must be 64 or 128, got {d}")
+    if d != 128 and d != 64:
+        raise ValueError(f"the head dim must be 64 or 128, got {d}")
 
 
 def check_rope(tokens: int, d: int, positions: Tensor | None, cos: Tensor, sin: Tensor, device: torch.device) -> None:
     """cos and sin of ``tokens`` rows, or a table of any number of rows and ``positions`` into it."""
-    floats = (torch.float32, torch.bfloat16)
-    rows = tokens if positions is None else None
-    check_tensor("cos", cos, [rows, None], floats, device)
-    check_tensor("sin", sin, [cos.shape[0], cos.shape[1]], (cos.dtype,), device)
-    pairs = cos.shape[1]
-    expect(
-        pairs >= 1 and 2 * pairs <= d,
-        lambda: f"cos and sin hold one value a pair, from 1 to {d // 2} for head dim {d}, got {pairs}",
-    )
+    if cos.dim() != 2 or positions is None:
+        check_tensor("cos", cos, (None if positions is not None else tokens, None), FLOATS, device)
+    rows, pairs = cos.shape
+    check_tensor("cos", cos, (rows, pairs), FLOATS, device)
+    check_tensor("sin", sin, (rows, pairs), (cos.dtype,), device)
+    if not 2 <= 2 * pairs <= d:
+        raise ValueError(f"cos and sin hold one value a pair, from 1 to {d // 2} for head dim {d}, got {pairs}")
     if positions is not None:
-        check_tensor("positions", positions, [tokens], (torch.int32, torch.int64), device)
+        check_tensor("positions", positions, (tokens,), INTEGERS, device)
 
 
 def check_quantiser(mxfp4: bool, amax_floor: float | None = None, ties: str = "even", **_: Any) -> None:
     """The options of either quantiser."""
-    least = MXFP4_FLOOR if mxfp4 else FP8_MAX * 2.0**-126
     if amax_floor is not None:
-        expect(
-            least <= amax_floor <= torch.finfo(torch.bfloat16).max,
-            lambda: (
+        least = MXFP4_FLOOR if mxfp4 else FP8_FLOOR
+        if not least <= amax_floor <= BF16_MAX:
+            raise ValueError(
                 f"amax_floor must be finite and at least {least:.4g} (or the scale is no normal number), "
                 f"got {amax_floor}"
-            ),
-        )
+            )
     if ties not in TIES:
         raise ValueError(f"ties must be 'even' or 'zero', got {ties!r}")
 
@@ -210,16 +213,20 @@ def check_quantiser(mxfp4: bool, amax_floor: float | None = None, ties: str = "e
 # What the CuTe DSL kernels take
 
 
-def cutedsl_limits(rows: Tensor, cos: Tensor | None, sin: Tensor | None, *whole: Tensor | None) -> str | None:
-    """They read four angles and eight values at a time; ``whole`` are contiguous tensors."""
+def cutedsl_limits(rows: Tensor, cos: Tensor | None, sin: Tensor | None) -> str | None:
+    """They read eight values at a time, and four angles."""
+    if (rows.stride(0) | rows.stride(-2)) % 8 or rows.data_ptr() % 16:
+        return f"the cutedsl kernels read 16 bytes at a time: rows are not aligned to that, strides {rows.stride()}"
     if cos is not None and sin is not None:
         if cos.shape[1] % 8:
             return f"the cutedsl kernels rotate multiples of 16 dims, got {2 * cos.shape[1]}"
-        for label, table in (("cos", cos), ("sin", sin)):
-            if table.stride(0) % 4 or table.data_ptr() % (4 * table.element_size()):
-                return f"the cutedsl kernels read four angles at a time: rows of {label} are not aligned to that"
-    if any(stride % 8 for stride in rows.stride()[:-1]) or rows.data_ptr() % 16:
-        return f"the cutedsl kernels read 16 bytes at a time: rows are not aligned to that, strides {rows.stride()}"
-    if any(tensor is not None and tensor.data_ptr() % 16 for tensor in whole):
+        if (cos.stride(0) | sin.stride(0)) % 4 or (cos.data_ptr() | sin.data_ptr()) % 16:
+            return "the cutedsl kernels read 16 bytes at a time: cos or sin is not aligned to that"
+    return None
+
+
+def cutedsl_unaligned(*whole: Tensor) -> str | None:
+    """Of contiguous tensors."""
+    if any(tensor.data_ptr() % 16 for tensor in whole):
         return "the cutedsl kernels read and write 16 bytes at a time: an argument is not aligned to that"
     return None

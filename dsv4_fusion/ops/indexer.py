@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ._indexer import (
+    FLOATS,
     MXFP4_FLOOR,
     check_dim,
     check_quantiser,
     check_rope,
     check_tensor,
     cutedsl_limits,
+    cutedsl_unaligned,
     hadamard_ref,
     quantise_fp8_ref,
     quantise_mxfp4_ref,
@@ -110,17 +112,19 @@ def indexer_q_mxfp4_out_ref(
 
 
 def _check_q(q: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor, *outs: Tensor) -> None:
-    expect(q.dim() == 3, lambda: f"q must have shape [T, H, d], got {list(q.shape)}")
-    tokens, heads, d = q.shape
+    if q.dim() != 3:
+        raise ValueError(f"q must have shape [T, H, d], got {list(q.shape)}")
+    (tokens, heads, d), device = q.shape, q.device
     check_dim(d)
-    expect(heads >= 1, lambda: f"q holds no head: shape {list(q.shape)}")
-    check_tensor("q", q, [tokens, heads, d], (torch.bfloat16,), q.device)
-    check_rope(tokens, d, positions, cos, sin, q.device)
-    check_tensor("weights", weights, [tokens, heads], (torch.float32, torch.bfloat16), q.device)
+    if heads < 1:
+        raise ValueError(f"q holds no head: shape {list(q.shape)}")
+    check_tensor("q", q, (tokens, heads, d), (torch.bfloat16,), device)
+    check_rope(tokens, d, positions, cos, sin, device)
+    check_tensor("weights", weights, (tokens, heads), FLOATS, device)
     refuse_grad([q, cos, sin, weights, *outs])
 
 
-def _check_out(label: str, tensor: Tensor, shape: list[Any], dtype: torch.dtype, device: torch.device) -> None:
+def _check_out(label: str, tensor: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:
     check_tensor(label, tensor, shape, (dtype,), device)
     expect(tensor.is_contiguous(), lambda: f"{label} must be contiguous, got strides {list(tensor.stride())}")
 
@@ -137,8 +141,8 @@ def _check_fp8(
     _check_q(q, positions, cos, sin, weights, *outs)
     check_quantiser(False, **options)
     if outs:
-        _check_out("q_fp8", outs[0], [*q.shape], torch.float8_e4m3fn, q.device)
-        _check_out("weights_out", outs[1], [*weights.shape], torch.float32, q.device)
+        _check_out("q_fp8", outs[0], tuple(q.shape), torch.float8_e4m3fn, q.device)
+        _check_out("weights_out", outs[1], tuple(weights.shape), torch.float32, q.device)
 
 
 def _check_mxfp4(
@@ -154,9 +158,9 @@ def _check_mxfp4(
     check_quantiser(True, **options)
     if outs:
         tokens, heads, d = q.shape
-        _check_out("q_packed", outs[0], [tokens, heads, d // 2], torch.uint8, q.device)
-        _check_out("q_scale", outs[1], [tokens, heads], torch.int32, q.device)
-        _check_out("weights_out", outs[2], [tokens, heads], torch.float32, q.device)
+        _check_out("q_packed", outs[0], (tokens, heads, d // 2), torch.uint8, q.device)
+        _check_out("q_scale", outs[1], (tokens, heads), torch.int32, q.device)
+        _check_out("weights_out", outs[2], (tokens, heads), torch.float32, q.device)
 
 
 # Fakes: every output is contiguous
@@ -185,7 +189,7 @@ def fake_nothing(*_: Any, **__: Any) -> None:
 def _cutedsl_limits(
     q: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor, *outs: Tensor, **_: Any
 ) -> str | None:
-    return cutedsl_limits(q, cos, sin, *outs)
+    return cutedsl_limits(q, cos, sin) or (cutedsl_unaligned(*outs) if outs else None)
 
 
 def _kernels(function: str) -> list[Implementation]:

@@ -18,18 +18,22 @@ Bytes after the scales are padding, and are never written. The arithmetic of a r
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._indexer import (
+    FLOATS,
+    INTEGERS,
     MXFP4_FLOOR,
     check_dim,
     check_quantiser,
     check_rope,
     check_tensor,
     cutedsl_limits,
+    cutedsl_unaligned,
     dequantise_fp8_ref,
     dequantise_mxfp4_ref,
     hadamard_ref,
@@ -50,14 +54,14 @@ def value_bytes(format: str, head_dim: int) -> int:
     return head_dim if format == "fp8" else head_dim // 2
 
 
-def _check_layout(page_size: int, format: str, head_dim: int) -> None:
+@functools.cache
+def _page_bytes(page_size: int, format: str, head_dim: int) -> int:
     if format not in FORMATS:
         raise ValueError(f"format must be 'fp8' or 'mxfp4', got {format!r}")
-    expect(
-        page_size >= 1 and page_size & (page_size - 1) == 0,
-        lambda: f"page_size must be a power of two, got {page_size}",
-    )
+    if page_size < 1 or page_size & (page_size - 1):
+        raise ValueError(f"page_size must be a power of two, got {page_size}")
     check_dim(head_dim)
+    return page_size * (value_bytes(format, head_dim) + SCALE_BYTES)
 
 
 def indexer_cache_bytes(page_size: int, format: str, head_dim: int = 128) -> int:
@@ -71,8 +75,7 @@ def indexer_cache_bytes(page_size: int, format: str, head_dim: int = 128) -> int
     Raises:
         ValueError: any other argument.
     """
-    _check_layout(page_size, format, head_dim)
-    return page_size * (value_bytes(format, head_dim) + SCALE_BYTES)
+    return _page_bytes(page_size, format, head_dim)
 
 
 # References
@@ -203,21 +206,19 @@ def indexer_k_load_ref(
 # Checks, in the real call and in the fake one
 
 
-def _check_cache(cache: Tensor, page_size: int, format: str, head_dim: int) -> None:
-    _check_layout(page_size, format, head_dim)
-    check_tensor("cache", cache, [None, None], (torch.uint8,), cache.device)
-    least = indexer_cache_bytes(page_size, format, head_dim)
-    expect(
-        cache.shape[1] >= least,
-        lambda: f"a page of {page_size} {format} tokens takes {least} bytes, cache has {cache.shape[1]} a page",
-    )
-    expect(
-        cache.stride(0) % 4 == 0 and cache.storage_offset() % 4 == 0,
-        lambda: (
+def _check_cache(cache: Tensor, page_size: int, format: str, head_dim: int, device: torch.device) -> None:
+    least = _page_bytes(page_size, format, int(head_dim))
+    if cache.dim() != 2:
+        check_tensor("cache", cache, (None, None), (torch.uint8,), device)
+    pages, page_bytes = cache.shape
+    check_tensor("cache", cache, (pages, page_bytes), (torch.uint8,), device)
+    if page_bytes < least:
+        raise ValueError(f"a page of {page_size} {format} tokens takes {least} bytes, cache has {page_bytes} a page")
+    if cache.stride(0) % 4 or cache.storage_offset() % 4:
+        raise ValueError(
             "pages of cache must begin at multiples of 4 bytes, got page stride "
             f"{cache.stride(0)} and storage offset {cache.storage_offset()}"
-        ),
-    )
+        )
 
 
 def _check_store(
@@ -234,23 +235,23 @@ def _check_store(
     page_size: int = 64,
     **options: Any,
 ) -> None:
-    expect(k.dim() == 2, lambda: f"k must have shape [T, d], got {list(k.shape)}")
-    tokens, d = k.shape
-    check_dim(d)
-    check_tensor("k", k, [tokens, d], (torch.bfloat16,), k.device)
-    _check_cache(cache, page_size, format, d)
-    check_tensor("cache", cache, [None, None], (torch.uint8,), k.device)
-    check_tensor("slots", slots, [tokens], (torch.int32, torch.int64), k.device)
+    if k.dim() != 2:
+        raise ValueError(f"k must have shape [T, d], got {list(k.shape)}")
+    (tokens, d), device = k.shape, k.device
+    _check_cache(cache, page_size, format, d, device)
+    check_tensor("k", k, (tokens, d), (torch.bfloat16,), device)
+    check_tensor("slots", slots, (tokens,), INTEGERS, device)
     if norm_weight is not None:
-        check_tensor("norm_weight", norm_weight, [d], (torch.float32, torch.bfloat16), k.device)
-    expect(0 < norm_eps < float("inf"), lambda: f"norm_eps must be a positive, finite number, got {norm_eps}")
+        check_tensor("norm_weight", norm_weight, (d,), FLOATS, device)
+    if not 0 < norm_eps < math.inf:
+        raise ValueError(f"norm_eps must be a positive, finite number, got {norm_eps}")
     if (cos is None) != (sin is None) or (cos is None and positions is not None):
         given = ", ".join(
             label for label, value in (("positions", positions), ("cos", cos), ("sin", sin)) if value is not None
         )
         raise ValueError(f"RoPE takes cos and sin, and positions if these are a table; got {given} alone")
     if cos is not None and sin is not None:
-        check_rope(tokens, d, positions, cos, sin, k.device)
+        check_rope(tokens, d, positions, cos, sin, device)
     check_quantiser(format == "mxfp4", **options)
     refuse_grad([k, cache, norm_weight, cos, sin])
 
@@ -265,10 +266,9 @@ def _check_load(
     page_size: int = 64,
     max_length: int | None = None,
 ) -> None:
-    _check_cache(cache, page_size, format, head_dim)
-    integers = (torch.int32, torch.int64)
-    check_tensor("block_table", block_table, [None, None], integers, cache.device)
-    check_tensor("lengths", lengths, [block_table.shape[0]], integers, cache.device)
+    _check_cache(cache, page_size, format, head_dim, cache.device)
+    check_tensor("block_table", block_table, (None, None), INTEGERS, cache.device)
+    check_tensor("lengths", lengths, (block_table.shape[0],), INTEGERS, cache.device)
     if max_length is not None:
         room = block_table.shape[1] * page_size
         expect(
@@ -313,7 +313,7 @@ def _cutedsl_limits(
 ) -> str | None:
     if cache.stride(0) % 8 or cache.data_ptr() % 8:
         return f"the cutedsl kernels write 8 bytes at a time: pages are not aligned to that, stride {cache.stride(0)}"
-    return cutedsl_limits(k, cos, sin, norm_weight)
+    return cutedsl_limits(k, cos, sin) or (cutedsl_unaligned(norm_weight) if norm_weight is not None else None)
 
 
 def _kernels(function: str) -> list[Implementation]:
