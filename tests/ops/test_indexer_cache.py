@@ -222,6 +222,27 @@ def test_opcheck_of_load(options):
     assert len(results) == 4 and set(results.values()) == {"SUCCESS"}
 
 
+def test_store_and_load_in_one_compiled_graph():
+    """The store is seen by the load after it, and by the caller; one graph serves every token count."""
+
+    def step(k, cache, slots, table, lengths):
+        ops.indexer_k_store_fp8(k, cache, slots)
+        return ops.indexer_k_load(cache, table, lengths, format="fp8") + 1
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for tokens in (5, 20, 40):
+        tensors = arguments("fp8", tokens)
+        tensors["slots"] = torch.arange(tokens)
+        cache = tensors["cache"].clone()
+        table, lengths = torch.tensor([[0]]), torch.tensor([tokens])
+        got = compiled(tensors["k"], cache, tensors["slots"], table, lengths)
+        expected = store("indexer_k_store_fp8", tensors)
+        assert torch.equal(cache, expected)
+        assert_same_bits([got], [ops.indexer_k_load(expected, table, lengths, format="fp8") + 1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
