@@ -475,13 +475,12 @@ def main() -> None:
     import dsv4_fusion
 
     config = Config.tiny()
-    net = model(config)
     tokens = torch.randint(0, config.vocab_size, (2, 64))
-    report = dsv4_fusion.explain(net, tokens)
+    report = dsv4_fusion.explain(model(config), tokens)
     print(report)
-    layers = len(config.compress_ratios)
-    assert report.graphs == 1
-    assert report.counts["hc_post_pre"] == 2 * layers - 1
+    boundaries = 2 * len(config.compress_ratios) - 1
+    assert report.graphs == 1 and not report.near_misses
+    assert report.counts == {"hc_pre": 1, "hc_post_pre": boundaries, "hc_post_head": 1, "indexer_q_mxfp4": 1}
 
 
 if __name__ == "__main__":
