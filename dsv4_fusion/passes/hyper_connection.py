@@ -15,12 +15,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
 from .. import ops
-from ..ops.hyper_connection import hc_head_ref, hc_post_ref, hc_pre_ref, sinkhorn_ref
+from ..ops.hyper_connection import hc_head_ref, hc_post_ref, hc_pre_ref
+from ._deepseek import hc_head, hc_post, hc_pre, rms_norm
 from ._pattern import SIZES, Computation, Fusion, Trace
 
 aten = torch.ops.aten
@@ -165,48 +165,11 @@ class _Dialect(NamedTuple):
     head: Callable[..., Tensor]
 
 
-def _deepseek_mixes(wide: Tensor, fn: Tensor) -> Tensor:
-    return F.linear(wide, fn) * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _SCALARS["rms_eps"])
-
-
-def _deepseek_collapse(pre: Tensor, wide: Tensor, streams: Tensor) -> Tensor:
-    return (pre.unsqueeze(-1) * wide.view(streams.shape)).sum(2).to(streams.dtype)
-
-
-def _deepseek_pre(streams, fn, base, scale, *, sinkhorn_iters):
-    hc, eps, wide = streams.shape[2], _SCALARS["hc_eps"], streams.flatten(2).float()
-    sizes = [hc, hc, hc * hc]
-    pre, post, comb = _deepseek_mixes(wide, fn).split(sizes, -1)
-    pre_base, post_base, comb_base = base.split(sizes)
-    pre_scale, post_scale, comb_scale = scale.unbind(0)
-    pre = torch.sigmoid(pre * pre_scale + pre_base) + eps
-    post = 2 * torch.sigmoid(post * post_scale + post_base)
-    comb = sinkhorn_ref((comb * comb_scale + comb_base).unflatten(-1, (hc, hc)), eps, sinkhorn_iters)
-    return post, comb, _deepseek_collapse(pre, wide, streams)
-
-
-def _deepseek_post(output, streams, post, comb):
-    mixed = (comb.unsqueeze(-1) * streams.unsqueeze(-2)).sum(2)
-    return (post.unsqueeze(-1) * output.unsqueeze(-2) + mixed).to(streams.dtype)
-
-
-def _deepseek_head(streams, fn, base, scale):
-    wide = streams.flatten(2).float()
-    pre = torch.sigmoid(_deepseek_mixes(wide, fn) * scale + base) + _SCALARS["hc_eps"]
-    return _deepseek_collapse(pre, wide, streams)
-
-
 _EPS = {"rms_eps": _SCALARS["rms_eps"], "hc_eps": _SCALARS["hc_eps"]}
 _DIALECTS = {
-    "deepseek": _Dialect(_deepseek_pre, _deepseek_post, _deepseek_head),
+    "deepseek": _Dialect(partial(hc_pre, **_EPS), hc_post, partial(hc_head, **_EPS)),
     "reference": _Dialect(partial(hc_pre_ref, **_EPS), hc_post_ref, partial(hc_head_ref, **_EPS)),
 }
-
-
-def _deepseek_norm(x: Tensor, weight: Tensor) -> Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _SCALARS["norm_eps"])
-    return (weight * wide).to(x.dtype)
 
 
 def _boundary_of(dialect: _Dialect, sinkhorn_iters: int) -> Callable[..., dict[str, Tensor]]:
@@ -214,7 +177,7 @@ def _boundary_of(dialect: _Dialect, sinkhorn_iters: int) -> Callable[..., dict[s
         streams = dialect.post(output, hidden_streams, post, comb)
         new_post, new_comb, collapsed = dialect.pre(streams, fn, base, scale, sinkhorn_iters=sinkhorn_iters)
         values = {"new_streams": streams, "new_post": new_post, "new_comb": new_comb, "collapsed": collapsed}
-        return values | {"normed": _deepseek_norm(collapsed, norm_weight)}
+        return values | {"normed": rms_norm(collapsed, norm_weight, _SCALARS["norm_eps"])}
 
     return function
 
@@ -223,7 +186,7 @@ def _end_of(dialect: _Dialect) -> Callable[..., dict[str, Tensor]]:
     def function(output, hidden_streams, post, comb, fn, base, scale, norm_weight):
         streams = dialect.post(output, hidden_streams, post, comb)
         collapsed = dialect.head(streams, fn, base, scale)
-        normed = _deepseek_norm(collapsed, norm_weight)
+        normed = rms_norm(collapsed, norm_weight, _SCALARS["norm_eps"])
         return {"new_streams": streams, "collapsed": collapsed, "normed": normed}
 
     return function

@@ -26,6 +26,7 @@ from torch.fx.graph import Graph
 
 from .. import ops
 from ..ops.indexer import indexer_q_fp8_ref, indexer_q_mxfp4_ref
+from ._deepseek import apply_rope, hadamard, index_score, round_fp8, round_mxfp4
 from ._pattern import SIZES, Computation, Fusion, Match, Trace, cut, find
 
 aten = torch.ops.aten
@@ -55,57 +56,18 @@ class Queries(NamedTuple):
 # DeepSeek's inference code
 
 
-def _rotate(x: Tensor, table: Tensor) -> None:
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    table = table.view(1, table.shape[0], *[1] * (x.dim() - 3), table.shape[1])
-    x.copy_(torch.view_as_real(pairs * table).flatten(-2))
-
-
-def _hadamard(x: Tensor) -> Tensor:
-    size, wide = x.shape[-1], x.float()
-    for stride in (2**i for i in range(size.bit_length() - 1)):
-        low, high = wide.unflatten(-1, (-1, 2, stride)).unbind(-2)
-        wide = torch.stack((low + high, low - high), -2).flatten(-3)
-    return (wide * size**-0.5).to(x.dtype)
-
-
-def _scaled(x: Tensor, block: int, largest: float) -> tuple[Tensor, Tensor]:
-    """Blocks of ``x`` divided by power-of-two scales, and these."""
-    wide = x.float().unflatten(-1, (-1, block))
-    scale = wide.abs().amax(-1, keepdim=True).clamp_min(_SCALARS["amax_floor"]) / largest
-    scale = (((scale.view(torch.int32) + 0x7FFFFF) >> 23) << 23).view(torch.float32)
-    return wide / scale, scale
-
-
-def _fp8(x: Tensor) -> Tensor:
-    wide, scale = _scaled(x, x.shape[-1], 448.0)
-    codes = wide.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-    return (codes.float() * scale).flatten(-2).to(x.dtype)
-
-
-def _mxfp4(x: Tensor) -> Tensor:
-    wide, scale = _scaled(x, 32, 6.0)
-    size = wide.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return ((wide / step).round() * step * scale).flatten(-2).to(x.dtype)
-
-
 def _rounded(x: Tensor, structure: Queries) -> Tensor:
-    x = _hadamard(x) if structure.hadamard else x
-    return _mxfp4(x) if structure.mxfp4 else _fp8(x)
-
-
-def _score(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
-    return (torch.einsum("bshd,btd->bsht", q, k).relu() * weights.unsqueeze(-1)).sum(2)
+    x = hadamard(x) if structure.hadamard else x
+    return round_mxfp4(x, **_SCALARS) if structure.mxfp4 else round_fp8(x, **_SCALARS)
 
 
 def _deepseek(structure: Queries) -> Trace:
     (b, s, entries), (heads, d, rope, *_) = structure.sizes(), structure
 
     def function(q, table, weights, k):
-        _rotate(q[..., -rope:], table)
+        apply_rope(q[..., -rope:], table)
         weights = weights * (d**-0.5 * heads**-0.5)
-        return {"score": _score(_rounded(q, structure), k, weights)}
+        return {"score": index_score(_rounded(q, structure), k, weights)}
 
     tensors = {
         "q": torch.empty(b, s, heads, d, dtype=torch.bfloat16),
@@ -159,7 +121,7 @@ def _fused_score(q: Tensor, table: Tensor, weights: Tensor, k: Tensor, *, mxfp4:
         codes, folded = ops.indexer_q_fp8(*arguments, **options)
         values = codes.to(torch.bfloat16)
     shape = (batch, length)
-    return _score(values.unflatten(0, shape), k, folded.to(torch.bfloat16).unflatten(0, shape))
+    return index_score(values.unflatten(0, shape), k, folded.to(torch.bfloat16).unflatten(0, shape))
 
 
 def _score_sites(mxfp4: bool, node: Node) -> Iterator[Queries]:
