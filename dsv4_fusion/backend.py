@@ -198,9 +198,11 @@ def _log_report(report: Report) -> None:
     logger.info("%s", report.summary())
     for miss in report.near_misses:
         logger.warning("not fused: %s: %s: %s", miss.path, miss.fusion, miss.reason)
+    for entry in report.left_alone:
+        logger.info("left alone: %s: %s: %s", entry.path, entry.fusion, entry.reason)
     for note in report.notes:
         _once(logging.WARNING, note)
-    if not report.sites and not report.near_misses and not report.notes:
+    if not (report.sites or report.near_misses or report.left_alone or report.notes):
         _once(
             logging.WARNING,
             f"a graph of {report.nodes_before} nodes holds no DeepSeek-V4 pattern; see dsv4_fusion.explain(model, ...)",

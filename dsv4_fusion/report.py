@@ -41,6 +41,7 @@ class Report:
     Attributes:
         sites: every fused site, graph by graph, in program order.
         near_misses: every site that holds most of a pattern and was left alone.
+        left_alone: sites that were recognised, and for which there is no rewrite yet.
         nodes_before, nodes_after: nodes of the graphs before and after the rewrites.
         graphs: how many graphs there were.
         seconds: CPU time that matching and rewriting took.
@@ -49,6 +50,7 @@ class Report:
 
     sites: list[Site] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
+    left_alone: list[NearMiss] = field(default_factory=list)
     nodes_before: int = 0
     nodes_after: int = 0
     graphs: int = 0
@@ -64,6 +66,7 @@ class Report:
         """Add the report of another graph."""
         self.sites += other.sites
         self.near_misses += other.near_misses
+        self.left_alone += other.left_alone
         self.nodes_before += other.nodes_before
         self.nodes_after += other.nodes_after
         self.graphs += other.graphs
@@ -86,8 +89,8 @@ class Report:
         lines = [self.summary()]
         if self.sites:
             lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        if self.near_misses:
-            lines.append("near misses:")
-            lines += [f"  {miss.path or '(no module)'}: {miss.fusion}: {miss.reason}" for miss in self.near_misses]
+        for title, entries in (("near misses:", self.near_misses), ("left alone:", self.left_alone)):
+            lines += [title] if entries else []
+            lines += [f"  {entry.path or '(no module)'}: {entry.fusion}: {entry.reason}" for entry in entries]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(line.rstrip() for line in lines)

@@ -56,6 +56,7 @@ def test_whole_model(dtype, batch, length, dynamic):
 def test_four_layers():
     report = dsv4_fusion.explain(model("tiny", 4), tokens(1, 32), use_cache=False)
     assert report.counts == whole_model(4), report
+    assert [entry.path for entry in report.left_alone] == ["model.layers.2.self_attn.compressor.indexer.scorer"], report
     assert report.seconds < 0.1 * len(report.sites), report
     assert [(site.fusion, site.path) for site in report.sites] == [
         ("hc_pre", "model.layers.0.attn_hc"),

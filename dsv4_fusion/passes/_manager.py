@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -24,17 +25,18 @@ from torch.fx.node import map_arg
 from ..ops._library import prepare
 from ..options import FusionOptions
 from ..report import NearMiss, Report, Site
-from . import hyper_connection
+from . import hyper_connection, indexer
 from ._pattern import NEAR, Computation, Failure, Fusion, Match, cut, find
+from ._tidy import tidy
 
 logger = logging.getLogger("dsv4_fusion")
 
-COMPUTATIONS: tuple[Computation, ...] = (*hyper_connection.COMPUTATIONS,)
+COMPUTATIONS: tuple[Computation, ...] = (*hyper_connection.COMPUTATIONS, *indexer.COMPUTATIONS)
 _APART = 8  # how many nodes back a joined fusion's other part is looked for
 
 
 class FusionError(RuntimeError):
-    """``strict`` was asked for, and a graph has too few fused sites."""
+    """``strict`` was asked for and a graph has too few fused sites; or a graph contradicts itself."""
 
 
 class FusionPass(CustomGraphPass):
@@ -81,6 +83,7 @@ class FusionPass(CustomGraphPass):
         return (_source_hash(), _versions(), repr(self.options), self.rewrite, before)
 
     def fuse(self, graph: Graph, report: Report) -> None:
+        tidy(graph)
         claimed: set[Node] = set()
         failures: list[Failure] = []
         joints = _Joints()
@@ -96,8 +99,11 @@ class FusionPass(CustomGraphPass):
                 if not isinstance(result, tuple):
                     continue
                 match, replacement = result
-                rewrite = self.rewrites(anchor)
                 path, name = _module_path(anchor), match.fusion.name
+                if match.fusion.left_alone is not None:
+                    report.left_alone.append(NearMiss(path, name, match.fusion.left_alone))
+                    continue
+                rewrite = self.rewrites(anchor)
                 sites.append((order[anchor], Site(path, name, f"dsv4::{name}", len(match.nodes), rewrite)))
                 claimed |= match.nodes
                 joints.add(match, path, _replace(graph, match, replacement) if rewrite else match.outputs)
@@ -105,6 +111,8 @@ class FusionPass(CustomGraphPass):
         report.near_misses += _near_misses(failures, claimed) + joints.near_misses()
         if report.sites and not all(site.rewritten for site in report.sites):
             report.notes.append("on the CPU matches are left to Inductor; options={'reference': True} rewrites them")
+        if (contradiction := indexer.contradiction(graph)) is not None:
+            raise FusionError(contradiction)
 
     def rewrites(self, anchor: Node) -> bool:
         if self.rewrite is not None:
@@ -118,18 +126,23 @@ class FusionPass(CustomGraphPass):
 
         Where none matches: the failure of the smallest that came near, since nothing fuses until that is mended.
         """
-        nearest: Failure | None = None
+        failures: list[Failure] = []
         for structure in computation.structures(anchor):
+            nearest: Failure | None = None
             for fusion in computation.fusions:
                 result: Match | Failure = find(cut(computation, structure, fusion), anchor, claimed)
                 if isinstance(result, Match):
-                    replacement = _replacement(result, self.options.implementation)
+                    reason = fusion.refuse(result) if fusion.refuse else None
+                    if reason is None and fusion.left_alone is not None:
+                        return result, None
+                    replacement = reason or _replacement(result, self.options.implementation)
                     if not isinstance(replacement, str):
                         return result, replacement
                     result = Failure(fusion, result.nodes, 1.0, replacement, anchor)
                 if nearest is None or result.share >= min(NEAR, nearest.share):
                     nearest = result
-        return nearest
+            failures += [nearest] if nearest is not None else []
+        return max(failures, key=lambda failure: failure.share, default=None)
 
 
 def _replacement(match: Match, implementation: str | None) -> Any:
@@ -143,7 +156,7 @@ def _replacement(match: Match, implementation: str | None) -> Any:
 
     try:
         with torch.no_grad(), enable_python_dispatcher(), fake_mode:
-            graph = make_fx(call)(*values).graph
+            graph = make_fx(call, select_decomp_table())(*values).graph
     except ValueError as error:  # the operator's own check
         return str(error)
     for name, old, new in zip(match.fusion.outputs, match.outputs, graph.output_node().args[0], strict=True):

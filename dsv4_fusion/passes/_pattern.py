@@ -26,7 +26,9 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-SIZES = {"B": 1009, "S": 1013, "D": 1021}
+from ._tidy import tidy
+
+SIZES = {"B": 1009, "S": 1013, "D": 1021, "E": 1019}
 NEAR = 0.6  # a site that holds this share of a pattern's nodes is worth a word when it does not match
 
 
@@ -41,6 +43,8 @@ class Fusion:
         replacement: called with the inputs, the captured scalars, the structure's ``constants`` and
             ``implementation`` as keywords; calls the operator.
         parts: the fusions this one joins; when they match apart although one feeds the other, that is reported.
+        refuse: looks at a match beyond its own nodes; returns why it must not be fused, or None.
+        left_alone: set on what is recognised and not rewritten yet: why; the report has it, and nothing is replaced.
     """
 
     name: str
@@ -48,6 +52,8 @@ class Fusion:
     outputs: tuple[str, ...]
     replacement: Callable[..., Any]
     parts: tuple[str, ...] = ()
+    refuse: Callable[[Match], str | None] | None = None
+    left_alone: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,9 @@ def _traced(trace: Callable[[Any], Trace], structure: Hashable) -> _Traced:
             names.extend(values)
             return tuple(values.values())
 
-        graph = make_fx(run, select_decomp_table())(*told.tensors.values()).graph
+        functional = torch.func.functionalize(run)
+        graph = make_fx(functional, select_decomp_table())(*told.tensors.values()).graph
+    tidy(graph)
     graph.eliminate_dead_code()
     inputs = dict(zip(told.tensors, graph.find_nodes(op="placeholder"), strict=True))
     outputs = dict(zip(names, graph.output_node().args[0], strict=True))
@@ -201,7 +209,7 @@ class _Matcher:
 
     def run(self) -> Match | Failure:
         self.bind(self.pattern.anchor, self.anchor)
-        while self.grow():
+        while self.grow() or self.join():
             pass
         covered = {self.found[node] for node in self.pattern.nodes if node in self.found}
         share = sum(node in self.found for node in self.pattern.nodes) / len(self.pattern.nodes)
@@ -282,7 +290,8 @@ class _Matcher:
             return None
         if isinstance(got, torch.device):  # one device for all inputs: the operator's own check
             return None
-        return None if type(want) is type(got) and want == got else f"expected {want} among its {where}, found {got}"
+        same = want == got or (want != want and got != got)  # NaN is NaN
+        return None if type(want) is type(got) and same else f"expected {want} among its {where}, found {got}"
 
     def grow(self) -> bool:
         """Bind nodes of the pattern that use a node already found; False when nothing was added."""
@@ -307,6 +316,21 @@ class _Matcher:
                     expected, f"expected {expected.target} of {_text(self.found[known])}, found {got or 'no user'}"
                 )
         return len(self.found) > before
+
+    def join(self) -> bool:
+        """Bind an output that only a common user connects with those found, as values and their weights."""
+        found = [self.found[node] for node in self.pattern.outputs if node in self.found]
+        users = {user for node in found for user in node.users}
+        for expected in self.pattern.outputs if found else ():
+            if expected in self.found or any(index == self.order[expected] for index, _ in self.failures):
+                continue
+            beside = {node for user in users for node in user.all_input_nodes if node.target is expected.target}
+            fitting = [node for node in beside if self.fits(expected, node)]
+            if len(fitting) == 1:
+                self.bind(expected, fitting[0])
+                return True
+            self.fail(expected, f"expected one {expected.target} beside {_text(found[0])}, found {len(fitting)}")
+        return False
 
     def fits(self, expected: Node, node: Node) -> bool:
         """Whether binding would find nothing wrong in this node and in its arguments that are found already."""

@@ -1,21 +1,26 @@
 """mHC: ``hc_pre``, ``hc_post`` and the head, apart and joined at the boundaries between sublayers.
 
 The search functions are Hugging Face's own ``forward`` methods, run on stand-ins for ``self``: nothing of the model is
-retyped, and the patterns follow the transformers version that is installed.
+retyped, and the patterns follow the transformers version that is installed. DeepSeek's inference code cannot be
+imported: its form is written down here, and the operators' own references are a third.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from .. import ops
+from ..ops.hyper_connection import hc_head_ref, hc_post_ref, hc_pre_ref
+from ._deepseek import hc_head, hc_post, hc_pre, rms_norm
 from ._pattern import SIZES, Computation, Fusion, Trace
 
 aten = torch.ops.aten
@@ -27,11 +32,12 @@ _PARAMETERS = frozenset({*_WEIGHTS, "norm_weight"})
 
 
 class Structure(NamedTuple):
-    """What a trace fixes: the streams' dtype, their number, the Sinkhorn iterations."""
+    """What a trace fixes: the streams' dtype, their number, the Sinkhorn iterations, whose code it is."""
 
     dtype: torch.dtype
     hc: int
     sinkhorn_iters: int = 1
+    dialect: str = "hugging_face"
 
 
 def _modeling() -> ModuleType | None:
@@ -39,11 +45,19 @@ def _modeling() -> ModuleType | None:
     return sys.modules.get("transformers.models.deepseek_v4.modeling_deepseek_v4")
 
 
-def _structures(anchor: Node, hc: int, sinkhorn_iters: int = 1) -> Iterator[Structure]:
+def _structures(
+    anchor: Node, hc: int, sinkhorn_iters: int = 1, dialects: tuple[str, ...] = ("deepseek", "reference")
+) -> Iterator[Structure]:
+    dtype = _streams_dtype(anchor, hc)
     if _modeling() is not None:
-        streams = _streams(anchor, hc)
-        dtype = streams.meta["val"].dtype if streams is not None else torch.bfloat16
         yield Structure(dtype, hc, sinkhorn_iters)
+    for dialect in dialects:
+        yield Structure(dtype, hc, sinkhorn_iters, dialect)
+
+
+def _streams_dtype(anchor: Node, hc: int) -> torch.dtype:
+    streams = _streams(anchor, hc)
+    return torch.bfloat16 if streams is None else streams.meta["val"].dtype
 
 
 def _streams(anchor: Node, hc: int) -> Node | None:
@@ -99,7 +113,14 @@ def _post_sites(node: Node) -> Iterator[Structure]:
     """``node`` is a batched product with small square matrices on the left."""
     shape = node.args[0].meta["val"].shape
     if isinstance(shape[-1], int) and shape[-1] == shape[-2] and shape[-1] <= _MOST_STREAMS:
-        yield from _structures(node, shape[-1])
+        yield from _structures(node, shape[-1], dialects=("reference",))
+
+
+def _post_sum_sites(node: Node) -> Iterator[Structure]:
+    """``node`` is the sum over the first of two stream dimensions of [B, S, HC, HC, D]."""
+    shape = node.args[0].meta["val"].shape
+    if len(shape) == 5 and isinstance(shape[2], int) and shape[2] == shape[3] <= _MOST_STREAMS and node.args[1] == [2]:
+        yield Structure(_streams_dtype(node.args[0], shape[2]), shape[2], dialect="deepseek")
 
 
 def _head_sites(node: Node) -> Iterator[Structure]:
@@ -119,7 +140,7 @@ def _head_sites(node: Node) -> Iterator[Structure]:
 
 
 def _tensors(structure: Structure, mix: int, scales: int) -> dict[str, torch.Tensor]:
-    (b, s, d), hc = SIZES.values(), structure.hc
+    (b, s, d, *_), hc = SIZES.values(), structure.hc
     return {
         "output": torch.empty(b, s, d, dtype=structure.dtype),
         "hidden_streams": torch.empty(b, s, hc, d, dtype=structure.dtype),
@@ -154,27 +175,49 @@ def _post(ffn_hc: Any, output, hidden_streams, post, comb) -> None:
     inspect.unwrap(_modeling().DeepseekV4DecoderLayer.forward)(layer, hidden_streams)
 
 
-def _pre(structure: Structure, streams, fn, base, scale, norm_weight) -> dict[str, torch.Tensor]:
+class _Dialect(NamedTuple):
+    """Code that is no model of Hugging Face's."""
+
+    pre: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    post: Callable[..., Tensor]
+    head: Callable[..., Tensor]
+
+
+_EPS = {"rms_eps": _SCALARS["rms_eps"], "hc_eps": _SCALARS["hc_eps"]}
+_DIALECTS = {
+    "deepseek": _Dialect(partial(hc_pre, **_EPS), hc_post, partial(hc_head, **_EPS)),
+    "reference": _Dialect(partial(hc_pre_ref, **_EPS), hc_post_ref, partial(hc_head_ref, **_EPS)),
+}
+
+
+def _pre(structure: Structure, streams, fn, base, scale, norm_weight) -> dict[str, Tensor]:
     """A sublayer's input out of the streams."""
-    connection = SimpleNamespace(
-        hc_mult=structure.hc,
-        hc_sinkhorn_iters=structure.sinkhorn_iters,
-        hc_eps=_SCALARS["hc_eps"],
-        input_norm=_unweighted_norm,
-        fn=fn,
-        base=base,
-        scale=scale,
-    )
-    post, comb, collapsed = _modeling().DeepseekV4HyperConnection.forward(connection, streams)
-    normed = _rms_norm(collapsed, norm_weight)
+    if structure.dialect in _DIALECTS:
+        pre = _DIALECTS[structure.dialect].pre
+        post, comb, collapsed = pre(streams, fn, base, scale, sinkhorn_iters=structure.sinkhorn_iters)
+        normed = rms_norm(collapsed, norm_weight, _SCALARS["norm_eps"])
+    else:
+        connection = SimpleNamespace(
+            hc_mult=structure.hc,
+            hc_sinkhorn_iters=structure.sinkhorn_iters,
+            hc_eps=_SCALARS["hc_eps"],
+            input_norm=_unweighted_norm,
+            fn=fn,
+            base=base,
+            scale=scale,
+        )
+        post, comb, collapsed = _modeling().DeepseekV4HyperConnection.forward(connection, streams)
+        normed = _rms_norm(collapsed, norm_weight)
     return {"new_streams": streams, "new_post": post, "new_comb": comb, "collapsed": collapsed, "normed": normed}
 
 
 def _boundary(structure: Structure) -> Trace:
     """A sublayer's output into the streams, then the next sublayer's input out of them."""
-    hc = structure.hc
 
     def function(output, hidden_streams, post, comb, **parameters):
+        if structure.dialect in _DIALECTS:
+            streams = _DIALECTS[structure.dialect].post(output, hidden_streams, post, comb)
+            return _pre(structure, streams, **parameters)
         values = {}
 
         def ffn_hc(streams):
@@ -185,7 +228,8 @@ def _boundary(structure: Structure) -> Trace:
         return values
 
     constants = {"sinkhorn_iters": structure.sinkhorn_iters}
-    return Trace(function, _tensors(structure, (2 + hc) * hc, 3), _SCALARS, _PARAMETERS, constants)
+    tensors = _tensors(structure, (2 + structure.hc) * structure.hc, 3)
+    return Trace(function, tensors, _SCALARS, _PARAMETERS, constants)
 
 
 def _beginning(structure: Structure) -> Trace:
@@ -205,6 +249,12 @@ def _end(structure: Structure) -> Trace:
     """The last sublayer's output into the streams, then the head that collapses them, then the final norm."""
 
     def function(output, hidden_streams, post, comb, fn, base, scale, norm_weight):
+        if structure.dialect in _DIALECTS:
+            dialect = _DIALECTS[structure.dialect]
+            streams = dialect.post(output, hidden_streams, post, comb)
+            collapsed = dialect.head(streams, fn, base, scale)
+            normed = rms_norm(collapsed, norm_weight, _SCALARS["norm_eps"])
+            return {"new_streams": streams, "collapsed": collapsed, "normed": normed}
         values = {}
 
         def record(streams):
@@ -268,4 +318,5 @@ COMPUTATIONS = (
     Computation(aten.exp.default, _sinkhorn_sites, _boundary, (*HC_POST_PRE, *HC_PRE)),
     Computation(aten.sigmoid.default, _head_sites, _end, (*HC_POST_HEAD, *HC_HEAD)),
     Computation(aten.bmm.default, _post_sites, _end, HC_POST),
+    Computation(aten.sum.dim_IntList, _post_sum_sites, _end, HC_POST),
 )

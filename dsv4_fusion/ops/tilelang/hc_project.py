@@ -245,9 +245,7 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
         next_token = (first + (i + 1) // slices * stride) * ROWS + lane // 4
         next_column = column + (i + 1) % slices * 16
         if placed:
-            if not early:
-                _load_mixing(placing[1], placing[2], mixing, token, tokens, hc)
-            elif not wide and i > 0:
+            if not early or (not wide and i > 0):
                 _load_mixing(placing[1], placing[2], mixing, token, tokens, hc)
             _mix_streams(x, y, a, mixing, fresh, token, tokens, column + slice_ * 16, hidden, hc)
             if early and wide and slice_ == slices - 1:  # while this slice is multiplied

@@ -1,0 +1,183 @@
+"""Single PTX instructions on scalars, where rounding, packing or width has to be exactly what is written.
+
+A *word* is a Uint32; two bf16 values in a word are called a pair, the one with the lower index in the low half.
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Float32, Int64, Uint32
+from cutlass.cute.arch import inline_ptx
+
+
+def _word(code: str, *operands) -> Uint32:
+    return inline_ptx(code, write_only_types=[Uint32], read_only_args=list(operands))
+
+
+def _float(code: str, *operands) -> Float32:
+    return inline_ptx(code, write_only_types=[Float32], read_only_args=list(operands))
+
+
+# Global memory, at addresses aligned to the access. Relaxed loads keep the order they are written in; the assembler
+# moves others behind whatever does not need them, to save registers, and their latencies add up.
+
+STREAMED = "ld.relaxed.gpu.global"  # passes the L1 cache by
+CACHED = "ld.global"
+
+
+def load(pointer, words: int, kind: str = CACHED) -> list[Uint32]:
+    """``words`` (1, 2 or 4) words in one instruction."""
+    if words == 1:
+        return [_word(f"{kind}.b32 {{$w0}}, [{{$r0}}];", pointer)]
+    registers = ", ".join(f"{{$w{i}}}" for i in range(words))
+    code = f"{kind}.v{words}.b32 {{{registers}}}, [{{$r0}}];"
+    return list(inline_ptx(code, write_only_types=[Uint32] * words, read_only_args=[pointer]))
+
+
+def load_real(pointer) -> Float32:
+    """A bf16 or fp32, streamed."""
+    if pointer.value_type is Float32:
+        return real(load(pointer, 1, STREAMED)[0])
+    half = (
+        f"{{ .reg .b16 zero, half; mov.b16 zero, 0; {STREAMED}.b16 half, [{{$r0}}]; mov.b32 {{$w0}}, {{zero, half}}; }}"
+    )
+    return real(_word(half, pointer))
+
+
+def load_index(pointer) -> Int64:
+    """A non-negative int32 or int64 below 2^32, streamed."""
+    return Int64(load(pointer, 1, STREAMED)[0])
+
+
+def store(pointer, words: list[Uint32]) -> None:
+    """1, 2 or 4 words in one instruction."""
+    if len(words) == 1:
+        inline_ptx("st.global.b32 [{$r0}], {$r1};", read_only_args=[pointer, *words])
+        return
+    registers = ", ".join(f"{{$r{i + 1}}}" for i in range(len(words)))
+    inline_ptx(f"st.global.v{len(words)}.b32 [{{$r0}}], {{{registers}}};", read_only_args=[pointer, *words])
+
+
+# fp32, rounded to nearest even; never contracted, subnormals kept
+
+
+def bits(x: Float32) -> Uint32:
+    return _word("mov.b32 {$w0}, {$r0};", x)
+
+
+def real(word: Uint32) -> Float32:
+    return _float("mov.b32 {$w0}, {$r0};", word)
+
+
+def add(a: Float32, b: Float32) -> Float32:
+    return _float("add.rn.f32 {$w0}, {$r0}, {$r1};", a, b)
+
+
+def sub(a: Float32, b: Float32) -> Float32:
+    return _float("sub.rn.f32 {$w0}, {$r0}, {$r1};", a, b)
+
+
+def mul(a: Float32, b: Float32) -> Float32:
+    return _float("mul.rn.f32 {$w0}, {$r0}, {$r1};", a, b)
+
+
+def fma(a: Float32, b: Float32, c: Float32) -> Float32:
+    return _float("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", a, b, c)
+
+
+def div(a: Float32, b: Float32) -> Float32:
+    return _float("div.rn.f32 {$w0}, {$r0}, {$r1};", a, b)
+
+
+def sqrt(a: Float32) -> Float32:
+    return _float("sqrt.rn.f32 {$w0}, {$r0};", a)
+
+
+def maximum(a: Float32, b: Float32) -> Float32:
+    return _float("max.f32 {$w0}, {$r0}, {$r1};", a, b)
+
+
+def select(condition, yes: Uint32, no: Uint32) -> Uint32:
+    return Uint32(cutlass.select_(condition, yes, no))
+
+
+def merge(mask: int, ones: Uint32, zeros: Uint32) -> Uint32:
+    """``ones`` where the mask has ones, ``zeros`` elsewhere, in one instruction."""
+    return _word(f"lop3.b32 {{$w0}}, {{$r0}}, {{$r1}}, {mask:#x}, 0xe4;", ones, zeros)
+
+
+def multiply_add(a: Uint32, b: int, c: int) -> Uint32:
+    """a · b + c modulo 2^32, in one instruction, which compilers take apart if they see the numbers."""
+    code = f"{{ .reg .b32 b, c; mov.b32 b, {b:#x}; mov.b32 c, {c % 2**32:#x}; mad.lo.u32 {{$w0}}, {{$r0}}, b, c; }}"
+    return _word(code, a)
+
+
+# Conversions
+
+
+def unpack(pair: Uint32) -> tuple[Float32, Float32]:
+    """The two values of a bf16 pair."""
+    return real(pair << Uint32(16)), real(pair & Uint32(0xFFFF0000))
+
+
+def pack_bf16(low: Float32, high: Float32) -> Uint32:
+    """Two fp32 rounded to a bf16 pair."""
+    return _word("cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", low, high)
+
+
+def pack_e4m3(a: Float32, b: Float32, c: Float32, d: Float32) -> Uint32:
+    """Four fp32 to e4m3fn bytes, the first lowest; finite values saturate at ±448, NaN gives 0x7F."""
+    code = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, {$r1}, {$r0}; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, {$r3}, {$r2}; mov.b32 {$w0}, {low, high}; }"
+    )
+    return _word(code, a, b, c, d)
+
+
+def pack_e2m1(values: list[Float32]) -> Uint32:
+    """Eight fp32 to E2M1 nibbles, the first lowest, ties to even; from SM100 on."""
+    converts = " ".join(f"cvt.rn.satfinite.e2m1x2.f32 b{i}, {{$r{2 * i + 1}}}, {{$r{2 * i}}};" for i in range(4))
+    return _word(f"{{ .reg .b8 b0, b1, b2, b3; {converts} mov.b32 {{$w0}}, {{b0, b1, b2, b3}}; }}", *values)
+
+
+# Pairs; an operand that is an int is a constant, the same in both halves
+
+
+def _pair(operation: str, *operands: Uint32 | int) -> Uint32:
+    moves, names, words = "", [], []
+    for index, operand in enumerate(operands):
+        if isinstance(operand, int):  # these instructions take registers only
+            names.append(f"c{index}")
+            moves += f".reg .b32 c{index}; mov.b32 c{index}, {both(operand):#010x}; "
+        else:
+            names.append(f"{{$r{len(words)}}}")
+            words.append(operand)
+    return _word(f"{{ {moves}{operation} {{$w0}}, {', '.join(names)}; }}", *words)
+
+
+def both(half: int) -> int:
+    """The word of a pair of equal values."""
+    return half << 16 | half
+
+
+def pair_max(a: Uint32, b: Uint32 | int) -> Uint32:
+    """Elementwise max; NaN if either is NaN."""
+    return _pair("max.NaN.bf16x2", a, b)
+
+
+def pair_max_abs(a: Uint32, b: Uint32) -> Uint32:
+    """Elementwise max of the magnitudes, with some sign; NaN if either is NaN."""
+    return _pair("max.NaN.xorsign.abs.bf16x2", a, b)
+
+
+def pair_mul(a: Uint32, b: Uint32 | int) -> Uint32:
+    return _pair("mul.rn.bf16x2", a, b)
+
+
+def pair_fma(a: Uint32, b: Uint32 | int, c: Uint32) -> Uint32:
+    return _pair("fma.rn.bf16x2", a, b, c)
+
+
+def permute(a: Uint32, b: Uint32, selector: int) -> Uint32:
+    """Bytes of ``b:a`` by the nibbles of ``selector``; bit 3 of a nibble repeats the sign of the byte instead."""
+    return _word(f"prmt.b32 {{$w0}}, {{$r0}}, {{$r1}}, 0x{selector:04x};", a, b)
