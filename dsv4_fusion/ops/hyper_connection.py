@@ -70,9 +70,10 @@ def hc_pre_ref(
     norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch form of :func:`hc_pre`."""
-    *lead, _, hidden = hidden_streams.shape
+    *lead, held, hidden = hidden_streams.shape
     hc = fn.shape[1] // hidden
-    hidden_streams = hidden_streams.expand(*lead, hc, hidden)
+    if held != hc:
+        hidden_streams = hidden_streams.expand(*lead, hc, hidden)
     mixes = _mixes_ref(hidden_streams, fn, rms_eps)
     base, scale = base.to(mixes.dtype), scale.to(mixes.dtype)
     pre, post, comb = mixes.split([hc, hc, hc * hc], dim=-1)

@@ -290,8 +290,8 @@ class _Matcher:
             return None
         if isinstance(got, torch.device):  # one device for all inputs: the operator's own check
             return None
-        same = want == got or (want != want and got != got)  # NaN is NaN
-        return None if type(want) is type(got) and same else f"expected {want} among its {where}, found {got}"
+        same = type(want) is type(got) and (want == got or (want != want and got != got))  # NaN is NaN
+        return None if same else f"expected {want} among its {where}, found {got}"
 
     def grow(self) -> bool:
         """Bind nodes of the pattern that use a node already found; False when nothing was added."""

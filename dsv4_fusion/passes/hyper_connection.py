@@ -105,7 +105,8 @@ def _first_sites(node: Node) -> Iterator[Structure]:
         streams = _streams(node, structure.hc)
         while streams is not None and streams.target in (aten.clone.default, aten._to_copy.default):
             streams = streams.args[0]
-        if streams is not None and streams.target is aten.expand.default:
+        copied = streams is not None and streams.target in (aten.expand.default, aten.repeat.default)
+        if copied and streams.args[0].meta["val"].dim() == 4 and streams.args[0].meta["val"].shape[2] == 1:
             yield structure
 
 
@@ -238,7 +239,10 @@ def _beginning(structure: Structure) -> Trace:
     tensors = {"embedding": given["output"]} | {name: given[name] for name in (*_WEIGHTS, "norm_weight")}
 
     def function(embedding, **parameters):
-        streams = embedding.unsqueeze(2).expand(-1, -1, structure.hc, -1).contiguous()
+        if structure.dialect == "deepseek":
+            streams = embedding.unsqueeze(2).repeat(1, 1, structure.hc, 1)
+        else:
+            streams = embedding.unsqueeze(2).expand(-1, -1, structure.hc, -1).contiguous()
         return _pre(structure, streams, **parameters)
 
     constants = {"sinkhorn_iters": structure.sinkhorn_iters}
