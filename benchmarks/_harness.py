@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "tilelang", "nvidia-cutlass-dsl", "transformers")
+PACKAGES = (
+    *("torch", "triton", "tilelang", "nvidia-cutlass-dsl", "apache-tvm-ffi", "transformers"),
+    *("tile-kernels", "liger-kernel"),
+)
 
 
 def _events(call: Callable[[], object], before: Callable[[], object] = lambda: None, repeats: int = 30) -> float:

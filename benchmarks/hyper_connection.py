@@ -1,4 +1,4 @@
-"""mHC operators against Inductor on the same work and the floor of their bytes.
+"""mHC operators against Inductor on the same work, TileKernels and Liger where installed, and the floor of their bytes.
 
 Graph replay (warm L2) up to 1,024 tokens, single launches with L2 flushed from 4,096 on. ``wall`` is the CPU time of
 one call from Python.
@@ -7,7 +7,9 @@ one call from Python.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -84,6 +86,51 @@ def work(name: str, tensors: dict[str, torch.Tensor], implementation: str | None
     return call, sum(x.numel() * x.element_size() for x in [*t.values(), *results])
 
 
+def tile_kernels(t: dict[str, torch.Tensor]) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """TileKernels: the new streams and the collapsed one; it has no norm, and its products are TF32."""
+    from tile_kernels.modeling.mhc.functional import mhc_post, mhc_pre
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        placing = (t["output"][None], t["hidden_streams"][None], t["post"][None, ..., None], t["comb"][None])
+        streams = mhc_post(*placing)[0]
+        options = {"norm_eps": EPS, "pre_eps": EPS, "sinkhorn_eps": EPS, "sinkhorn_repeat": ITERS}
+        collapsed, _ = mhc_pre(streams, t["fn"], t["scale"], t["base"], post_mult_value=2.0, **options)
+        return streams, collapsed
+
+    return call
+
+
+def liger(t: dict[str, torch.Tensor]) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """Liger: the same; its matrix is the transpose of ours, and no norm either."""
+    from liger_kernel.transformers.functional import liger_mhc_coeffs, liger_mhc_post_res, liger_mhc_pre
+
+    phi, scales = t["fn"].t().contiguous().bfloat16(), t["scale"].unbind(0)
+    comb = t["comb"].transpose(-1, -2).contiguous()
+    options = {"tmax": ITERS, "rms_eps": EPS, "pre_eps": EPS, "sinkhorn_eps": EPS, "post_mult": 2.0}
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        streams = liger_mhc_post_res(t["hidden_streams"], t["output"], t["post"], comb)
+        pre, _, _ = liger_mhc_coeffs(streams, phi, t["base"], *scales, **options)
+        return streams, liger_mhc_pre(streams, pre)
+
+    return call
+
+
+PEERS = {"tile-kernels": tile_kernels, "liger-kernel": liger}
+
+
+def peer(name: str, tensors: dict[str, torch.Tensor]) -> Callable[[], object]:
+    """A peer's post and pre, once its results were found right."""
+    call = PEERS[name](tensors)
+    without_norm = {key: value for key, value in tensors.items() if key != "norm_weight"}
+    streams, _, _, collapsed = ops.hc_post_pre(**without_norm, implementation="reference")
+    for what, got, want in zip(("streams", "collapsed"), call(), (streams, collapsed), strict=True):
+        distance = ((got.float() - want.float()).norm() / want.float().norm()).item()
+        if not distance < 0.02:
+            raise ValueError(f"{name}'s {what} are {distance:.1e} from ours")
+    return call
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
@@ -126,6 +173,20 @@ def measure(arguments: argparse.Namespace, rows: list[dict]) -> None:
                                 print(f"skipped: {error}")
                             continue
                         add(label, f"ours ({implementation})", timer, timed(call), hidden, tokens)
+    for name in PEERS:
+        try:
+            for hidden, tokens in itertools.product(arguments.widths, arguments.tokens):
+                timer = "graph" if tokens <= 1024 else "flush"
+                add(
+                    "hc_post_pre",
+                    name,
+                    timer,
+                    getattr(_harness, timer)(peer(name, inputs(tokens, hidden))),
+                    hidden,
+                    tokens,
+                )
+        except Exception as error:  # a peer that is missing, or cannot do it, is no reason to stop
+            print(f"skipped: {name}: {type(error).__name__}: {error}")
     for hidden in arguments.widths if not arguments.no_inductor else ():
         for tokens in (count for count in arguments.tokens if count in INDUCTOR_TOKENS):
             tensors = inputs(tokens, hidden)

@@ -74,9 +74,8 @@ if [ "$(uname -s)" = Linux ] && ! "$venv_python" -c 'import triton' 2>/dev/null;
   say "installing triton $triton"
   install "triton==$triton"
 fi
-if has_gpu; then extras=cuda,hf,test; else extras=test; fi
-say "installing dsv4_fusion[$extras]"
-install -e ".[$extras]"
+say "installing dsv4_fusion[test]"
+install -e ".[test]"
 
 "$venv_python" - <<'END'
 from importlib.metadata import distributions

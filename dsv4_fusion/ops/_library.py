@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,11 @@ logger = logging.getLogger("dsv4_fusion")
 NAMESPACE = "dsv4"
 REFERENCE = "reference"
 INSTALL_LINE = "pip install 'dsv4_fusion[cuda]'"
-COMPILERS = {"triton": "triton", "tilelang": "tilelang", "cutedsl": "cutlass"}  # implementation: module it needs
+COMPILERS = {  # implementation: modules it needs
+    "triton": ("triton",),
+    "tilelang": ("tilelang",),
+    "cutedsl": ("cutlass", "tvm_ffi"),
+}
 ALIGNMENT = 16  # bytes: the longest load of a kernel
 REMEMBERED = 4096  # calls whose checks are remembered, an operator
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -61,8 +66,10 @@ class Implementation:
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this implementation cannot run on ``device`` at all, or None."""
-        if importlib.util.find_spec(COMPILERS[self.name]) is None:
-            return f"{self.name} is not installed ({INSTALL_LINE})"
+        for module in COMPILERS[self.name]:
+            if importlib.util.find_spec(module) is None:
+                needs = "" if module == self.name else f": it needs {module}"
+                return f"{self.name} is not installed{needs} ({INSTALL_LINE})"
         if device.type == "cpu" and not (self.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
             return f"{self.name} kernels run on CUDA devices, got a tensor on cpu"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < self.capability:
@@ -87,6 +94,26 @@ def refuse_grad(tensors: Sequence[torch.Tensor | None]) -> None:
     """Raise if autograd would record this call: no operator here has a backward."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError("an input requires grad, and there is no backward: use torch.no_grad(), or detach the input")
+
+
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # size, stride, dtype
+_empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # what Inductor's own code calls
+
+
+def layout(size: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    """Of a contiguous tensor."""
+    return size, tuple(math.prod(size[axis + 1 :]) for axis in range(len(size))), dtype
+
+
+def new(tensor: Layout, device: torch.device) -> torch.Tensor:
+    """A tensor without values, on the current CUDA device or the CPU: 1 µs, where ``torch.empty`` takes 3.
+
+    Where PyTorch is asked for determinism it is PyTorch's own, which fills it then.
+    """
+    size, stride, dtype = tensor
+    if _empty_cuda is None or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return torch.empty_strided(size, stride, dtype=dtype, device=device)
+    return _empty_cuda(size, stride, dtype)
 
 
 @functools.cache

@@ -115,18 +115,19 @@ def test_matches_float64(hidden, hc):
 @pytest.mark.gpu
 def test_every_element_is_written(monkeypatch):
     """Outputs and workspace are poisoned before the launch."""
-    real = torch.empty_strided
-    filled = []
+    made = []
 
-    def poisoned(*shape, **options):
-        filled.append(real(*shape, **options).fill_(float("nan")))
-        return filled[-1]
+    def poisoned(layout, device):
+        made.append(torch.empty_strided(*layout[:2], dtype=layout[2], device=device).fill_(float("nan")))
+        return made[-1]
 
-    monkeypatch.setattr(torch, "empty_strided", poisoned)
+    monkeypatch.setattr(kernels, "new", poisoned)
     for tokens in (1, 33, 700):
+        made.clear()
         placing, parameters = make(tokens, 4096)
         for result in kernels.hc_post_pre(*placing, *parameters):
             assert torch.isfinite(result).all()
+        assert len(made) == 5
 
 
 def variant_rows(function, hidden):

@@ -242,8 +242,9 @@ def _compile(folder, build, *arguments, arch: str = "sm_90a") -> None:
     ("d", "rope", "heads", "positions", "angles", "weights", "coarsening"),
     [
         (128, 64, 64, torch.int64, *FLOATS, indexer.FEW),
-        (128, 64, 64, torch.int64, *FLOATS, indexer.MANY),
-        (64, 48, 6, None, torch.bfloat16, torch.float32, indexer.MANY),
+        (128, 64, 64, torch.int64, *FLOATS, indexer.MANY[False]),
+        (128, 64, 64, torch.int64, *FLOATS, indexer.MANY[True]),
+        (64, 48, 6, None, torch.bfloat16, torch.float32, indexer.MANY[True]),
     ],
 )
 def test_queries_compile(tmp_path, d, rope, heads, positions, angles, weights, coarsening, form, hadamard):
@@ -267,4 +268,4 @@ def test_keys_compile(tmp_path, d, rope, slots, norm, positions, angles, hadamar
 
 def test_the_convert_instruction_compiles(tmp_path):
     kernel = formats.MXFP4Rows(128, 64, False, ties_to_even=True, convert=True)
-    _compile(tmp_path, indexer.build, kernel, 64, torch.int64, *FLOATS, indexer.MANY, arch="sm_100a")
+    _compile(tmp_path, indexer.build, kernel, 64, torch.int64, *FLOATS, indexer.MANY[True], arch="sm_100a")

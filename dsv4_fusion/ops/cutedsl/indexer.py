@@ -13,13 +13,18 @@ import torch
 from cutlass import Float32, Int32, Int64, Uint32
 from torch import Tensor
 
+from .._library import layout, new
 from . import launch, ptx
 from .formats import NAN, FP8Rows, MXFP4Rows, rows_of
 from .rows import CHUNK, LANES, SPAN
 
 THREADS = 128
-FEW, MANY = 1, 4  # heads a thread
-ROWS_FOR_MANY = 32768  # from this many rows on the GPU is full either way, and fewer threads load fewer angles
+FEW, MANY = 1, {False: 2, True: 4}  # heads a thread; of FP8 alone, and of what computes more
+ROWS_FOR_MANY = 131072  # from this many rows on the GPU is full either way, and fewer threads load fewer angles
+DEFAULTS = {  # of the operators' schemas
+    False: {"hadamard": False, "power_of_two_scale": True, "amax_floor": 1e-4},
+    True: {"hadamard": False, "ties": "even", "amax_floor": 6 * 2.0**-126},
+}
 
 
 class Queries:
@@ -169,96 +174,61 @@ def build(
 _kernels: dict[tuple, object] = {}
 
 
-def _quantise(
-    options: tuple,
-    q: Tensor,
-    positions: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    weights: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    weights_out: Tensor,
-    floor: float,
-) -> None:
-    tokens, heads, d = q.shape
-    if tokens == 0:
-        return
-    key = (
-        options,
-        d,
-        heads,
-        cos.shape[1],
-        None if positions is None else positions.dtype,
-        cos.dtype,
-        weights.dtype,
-        MANY if tokens * heads >= ROWS_FOR_MANY else FEW,
-        q.device,
-    )
-    kernel = _kernels.get(key)
-    if kernel is None:
-        rows = rows_of(options, d, 2 * cos.shape[1], launch.capability(q.device))
-        kernel = _kernels[key] = build(rows, heads, *key[4:8])
-    kernel(q, positions, cos, sin, weights, values, scales, weights_out, floor)
+class _Operator:
+    """One operator: called as its public function without ``implementation``.
+
+    Args:
+        mxfp4: the format; FP8 otherwise.
+        out: it writes into tensors that are given after the others.
+    """
+
+    def __init__(self, mxfp4: bool, out: bool) -> None:
+        self.mxfp4, self.out = mxfp4, out
+
+    def __call__(self, *tensors, **options):
+        return self.bind(*tensors, **options)(*tensors)
+
+    def bind(self, q: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor, *_: Tensor, **given):
+        """A function that does this for tensors with the same metadata, and the same options."""
+        (tokens, heads, d), device = q.shape, q.device
+        options = DEFAULTS[self.mxfp4] | given
+        floor = options.pop("amax_floor")
+        options = ("mxfp4" if self.mxfp4 else "fp8", *options.values())
+        many = MANY[self.mxfp4 or options[1]]
+        coarsening = many if tokens * heads >= ROWS_FOR_MANY else FEW
+        key = (options, d, heads, cos.shape[1], _dtype(positions), cos.dtype, weights.dtype, coarsening, device)
+        if self.mxfp4:
+            results = [layout((tokens, heads, d // 2), torch.uint8), layout((tokens, heads), torch.int32)]
+        else:
+            results = [layout((tokens, heads, d), torch.float8_e4m3fn)]
+        results.append(layout((tokens, heads), torch.float32))
+        if tokens == 0:
+            return lambda *_, **__: None if self.out else tuple(new(result, device) for result in results)
+        if key not in _kernels:
+            rows = rows_of(options, d, 2 * cos.shape[1], launch.capability(device))
+            with torch.cuda.device(device):
+                _kernels[key] = build(rows, heads, *key[4:8])
+        kernel, without_scales = _kernels[key], not self.mxfp4
+
+        def call(*tensors, **_):
+            if torch._C._cuda_getDevice() != device.index:
+                with torch.cuda.device(device):
+                    return call(*tensors)
+            outputs = tensors[5:] if self.out else [new(result, device) for result in results]
+            if without_scales:
+                kernel(*tensors[:5], outputs[0], None, outputs[1], floor)
+            else:
+                kernel(*tensors[:5], *outputs, floor)
+            return None if self.out else tuple(outputs)
+
+        return call
 
 
-def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor of the shape of ``x``: on the CPU a third of the cost of ``torch.empty``."""
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
 
 
-def indexer_q_fp8_out(
-    q: Tensor,
-    positions: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    weights: Tensor,
-    q_fp8: Tensor,
-    weights_out: Tensor,
-    *,
-    hadamard: bool = False,
-    amax_floor: float = 1e-4,
-    power_of_two_scale: bool = True,
-) -> None:
-    """As the operator ``dsv4::indexer_q_fp8_out``."""
-    options = ("fp8", hadamard, power_of_two_scale)
-    _quantise(options, q, positions, cos, sin, weights, q_fp8, None, weights_out, amax_floor)
-
-
-def indexer_q_fp8(
-    q: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor, **options
-) -> tuple[Tensor, Tensor]:
-    """As the operator ``dsv4::indexer_q_fp8``."""
-    q_fp8, weights_out = _like(q, torch.float8_e4m3fn), _like(weights, torch.float32)
-    indexer_q_fp8_out(q, positions, cos, sin, weights, q_fp8, weights_out, **options)
-    return q_fp8, weights_out
-
-
-def indexer_q_mxfp4_out(
-    q: Tensor,
-    positions: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    weights: Tensor,
-    q_packed: Tensor,
-    q_scale: Tensor,
-    weights_out: Tensor,
-    *,
-    hadamard: bool = False,
-    amax_floor: float = 6 * 2.0**-126,
-    ties: str = "even",
-) -> None:
-    """As the operator ``dsv4::indexer_q_mxfp4_out``."""
-    options = ("mxfp4", hadamard, ties)
-    _quantise(options, q, positions, cos, sin, weights, q_packed, q_scale, weights_out, amax_floor)
-
-
-def indexer_q_mxfp4(
-    q: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor, **options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operator ``dsv4::indexer_q_mxfp4``."""
-    tokens, heads, d = q.shape
-    q_packed = q.new_empty((tokens, heads, d // 2), dtype=torch.uint8)
-    q_scale, weights_out = _like(weights, torch.int32), _like(weights, torch.float32)
-    indexer_q_mxfp4_out(q, positions, cos, sin, weights, q_packed, q_scale, weights_out, **options)
-    return q_packed, q_scale, weights_out
+indexer_q_fp8 = _Operator(mxfp4=False, out=False)
+indexer_q_fp8_out = _Operator(mxfp4=False, out=True)
+indexer_q_mxfp4 = _Operator(mxfp4=True, out=False)
+indexer_q_mxfp4_out = _Operator(mxfp4=True, out=True)

@@ -54,51 +54,44 @@ def pack(first, second):
 
 
 @T.macro
-def _load_fn(fn_, weight, first, hidden, hc, shared, mix, slices, warps):
-    """This thread's share of the block's part of fn: 8 columns of a row at a time.
+def _load_fn(fn, parts, first, hidden, hc, shared, mix, slices, warps):
+    """Cut the block's part of fn into three bf16 parts, each lane's operand of an instruction side by side.
 
     ``shared``: how many of fn's streams a stream stands for; they are added.
     """
-    fn = T.view(fn_, (mix * hc * shared * hidden,), U32)
-    words = T.alloc_local((4,), U32)
     thread = T.get_thread_binding()
     lane = thread % 32
     columns = padded(mix) // 8
     blocks = slices * hc * columns
-    for i in T.unroll(-(-blocks // warps)):
-        block = i * warps + thread // 32
-        row = block % columns * 8 + lane // 4
-        column = block // columns % hc * hidden + (first + block // (columns * hc)) * 32 + lane % 4 * 8
-        for v in T.unroll(8):
-            weight[i, v] = 0
-        if block < blocks and row < mix:
-            for same in T.unroll(shared):
-                for half in T.unroll(2):
-                    words[0:4] = T.ldg128(fn[row * (hc * shared * hidden) + same * hidden + column + half * 4])
-                    for v in T.unroll(4):
-                        weight[i, half * 4 + v] = weight[i, half * 4 + v] + T.reinterpret(words[v], F32)
-
-
-@T.macro
-def _cut_fn(weight, parts, hc, mix, slices, warps):
-    """Cut it into three bf16 parts, and put each lane's operands of two instructions side by side."""
+    weight = T.alloc_local((8,), F32)
+    other = T.alloc_local((8,), F32)
     cut = T.alloc_local((3, 8), U32)
-    packed = T.alloc_local((4,), U32)
-    thread = T.get_thread_binding()
-    lane = thread % 32
-    blocks = slices * hc * padded(mix) // 8
+    packed = T.alloc_local((3, 4), U32)
     for i in T.unroll(-(-blocks // warps)):
         block = i * warps + thread // 32
-        for v in T.unroll(8):
-            for part in T.unroll(3):
-                cut[part, v] = T.reinterpret(weight[i, v], U32) & T.uint32(HIGH)
-                weight[i, v] = weight[i, v] - T.reinterpret(cut[part, v], F32)
         if block < blocks:
+            row = block % columns * 8 + lane // 4
+            column = block // columns % hc * hidden + (first + block // (columns * hc)) * 32 + lane % 4 * 8
+            for v in T.vectorized(8):
+                weight[v] = 0
+            if row < mix:
+                for v in T.vectorized(8):
+                    weight[v] = fn[row, column + v]
+                for same in T.unroll(shared - 1):
+                    for v in T.vectorized(8):
+                        other[v] = fn[row, (same + 1) * hidden + column + v]
+                    for v in T.unroll(8):
+                        weight[v] = weight[v] + other[v]
+            for v in T.unroll(8):
+                for part in T.unroll(3):
+                    cut[part, v] = T.reinterpret(weight[v], U32) & T.uint32(HIGH)
+                    weight[v] = weight[v] - T.reinterpret(cut[part, v], F32)
             for part in T.unroll(3):
                 for v in T.unroll(4):
-                    packed[v] = (cut[part, 2 * v] >> 16) | cut[part, 2 * v + 1]
-                for v in T.vectorized(4):
-                    parts[block, part, lane, v] = packed[v]
+                    packed[part, v] = (cut[part, 2 * v] >> 16) | cut[part, 2 * v + 1]
+                for half in T.unroll(2):
+                    for v in T.vectorized(2):
+                        parts[block, half, part, lane, v] = packed[part, half * 2 + v]
 
 
 @T.macro
@@ -113,30 +106,25 @@ def _load_tile(streams, output, x, y, token, tokens, column, hidden, hc):
 
 
 @T.macro
-def _load_mixing(post, comb, mixing, token, tokens, hc):
-    """post and comb of this lane's two tokens."""
-    for row in T.unroll(2):
-        safe = T.min(token + 8 * row, tokens - 1)
-        for v in T.vectorized(hc):
-            mixing[row, hc, v] = post[safe, v]
-        for old in T.unroll(hc):
-            for v in T.vectorized(hc):
-                mixing[row, old, v] = comb[safe, old, v]
-
-
-@T.macro
-def _mix_streams(x, y, a, mixing, fresh, token, tokens, column, hidden, hc):
+def _mix_streams(x, y, a, post, comb, fresh, token, tokens, column, hidden, hc):
     """New streams of this lane, as the tensor-core operand ``a``, and written."""
+    mixing = T.alloc_local((hc + 1, hc), F32)
     wide = T.alloc_local((2,), F32)
     words = T.alloc_local((4,), U32)
     for row in T.unroll(2):
+        safe = T.min(token + 8 * row, tokens - 1)
+        for v in T.vectorized(hc):
+            mixing[hc, v] = post[safe, v]
+        for old in T.unroll(hc):
+            for v in T.vectorized(hc):
+                mixing[old, v] = comb[safe, old, v]
         for stream in T.unroll(hc):
             for v in T.unroll(4):
-                wide[0] = mixing[row, hc, stream] * low(y[row, v])
-                wide[1] = mixing[row, hc, stream] * high(y[row, v])
+                wide[0] = mixing[hc, stream] * low(y[row, v])
+                wide[1] = mixing[hc, stream] * high(y[row, v])
                 for old in T.unroll(hc):
-                    wide[0] = wide[0] + mixing[row, old, stream] * low(x[row, old, v])
-                    wide[1] = wide[1] + mixing[row, old, stream] * high(x[row, old, v])
+                    wide[0] = wide[0] + mixing[old, stream] * low(x[row, old, v])
+                    wide[1] = wide[1] + mixing[old, stream] * high(x[row, old, v])
                 words[v] = pack(wide[0], wide[1])
                 a[stream, v // 2, v % 2 * 2 + row] = words[v]
             if token + 8 * row < tokens:
@@ -170,26 +158,26 @@ def _mma(a, at_a, b, at_b, sums, at_sums):
 def _multiply(a, parts, fine, coarse, block, mix, hc):
     """Tensor-core products of the lane's streams with the slice's part of fn; the small parts are summed apart."""
     blocks = padded(mix) // 8
-    near = blocks if blocks <= 3 else blocks // 2  # held at a time, for the registers' sake
-    b = T.alloc_local((3, near, 4), U32)
+    near = blocks if blocks <= 5 else blocks // 2  # held at a time, for the registers' sake
+    b = T.alloc_local((3, near, 2), U32)
     lane = T.get_thread_binding() % 32
     for v in T.unroll(blocks * 4):
         fine[v] = 0
         coarse[v] = 0
     for stream in T.unroll(hc):
-        for far in T.unroll(blocks // near):
-            for part in T.unroll(3):
-                for n in T.unroll(near):
-                    for v in T.vectorized(4):
-                        b[part, n, v] = parts[block + stream * blocks + far * near + n, part, lane, v]
-            for half in T.unroll(2):
+        for half in T.unroll(2):
+            for far in T.unroll(blocks // near):
+                for part in T.unroll(3):
+                    for n in T.unroll(near):
+                        for v in T.vectorized(2):
+                            b[part, n, v] = parts[block + stream * blocks + far * near + n, half, part, lane, v]
                 # Neighbours in this order are independent: an instruction waits for its accumulator.
                 for n in T.unroll(near):
-                    _mma(a, (stream * 2 + half) * 4, b, (2 * near + n) * 4 + half * 2, fine, (far * near + n) * 4)
+                    _mma(a, (stream * 2 + half) * 4, b, (2 * near + n) * 2, fine, (far * near + n) * 4)
                 for n in T.unroll(near):
-                    _mma(a, (stream * 2 + half) * 4, b, n * 4 + half * 2, coarse, (far * near + n) * 4)
+                    _mma(a, (stream * 2 + half) * 4, b, n * 2, coarse, (far * near + n) * 4)
                 for n in T.unroll(near):
-                    _mma(a, (stream * 2 + half) * 4, b, (near + n) * 4 + half * 2, fine, (far * near + n) * 4)
+                    _mma(a, (stream * 2 + half) * 4, b, (near + n) * 2, fine, (far * near + n) * 4)
     for v in T.unroll(blocks * 4):
         coarse[v] = coarse[v] + fine[v]
 
@@ -203,12 +191,10 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
     slices, warps, _ = project_shape(hc, mix, hidden, wide)
     columns = padded(mix)
     early = hc <= 4  # registers for the next loads while this slice is multiplied
-    placed = placing is not None
     streams = T.view(streams_, (tokens * (hc * hidden // 2),), U32)
     x = T.alloc_local((2, hc, 4), U32)
     y = T.alloc_local((2, 4), U32)
     a = T.alloc_local((hc, 2, 4), U32)
-    mixing = T.alloc_local((2, hc + 1, hc), F32)
     thread = T.get_thread_binding()
     warp = thread // 32
     lane = thread % 32
@@ -217,24 +203,19 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
     first = group * warps + warp  # each warp takes its own tiles, one slice after the other
     stride = groups * warps
     out = None
-    if placed:
+    if placing is not None:
         out = T.view(placing[0], (tokens * (hidden // 2),), U32)
         fresh = T.view(new_, (tokens * (hc * hidden // 2),), U32)
     if early:
         _load_tile(streams, out, x, y, first * ROWS + lane // 4, tokens, column, hidden, hc)
-        if placed:
-            _load_mixing(placing[1], placing[2], mixing, first * ROWS + lane // 4, tokens, hc)
-        T.sync_warp()  # else the compiler moves these loads behind the wait for fn
     if fn is not None:
-        parts = T.alloc_shared((slices * hc * columns // 8, 3, 32, 4), U32)
+        parts = T.alloc_shared((slices * hc * columns // 8, 2, 3, 32, 2), U32)
         fine = T.alloc_local((columns // 2,), F32)
         coarse = T.alloc_local((columns // 2,), F32)
         total = T.alloc_local((columns // 2,), F32)  # over the chunk's slices
         square = T.alloc_local((2,), F32)
         squares = T.alloc_local((2,), F32)
-        weight = T.alloc_local((-(-slices * hc * columns // (8 * warps)), 8), F32)
-        _load_fn(fn, weight, chunk * slices, hidden, hc, shared, mix, slices, warps)
-        _cut_fn(weight, parts, hc, mix, slices, warps)
+        _load_fn(fn, parts, chunk * slices, hidden, hc, shared, mix, slices, warps)
         T.sync_threads()
         T.pdl_trigger()
     if not early:
@@ -242,19 +223,15 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
     for i in T.serial(T.ceildiv(T.max(tiles - first, 0), stride) * slices):
         token = (first + i // slices * stride) * ROWS + lane // 4
         slice_ = i % slices
-        next_token = (first + (i + 1) // slices * stride) * ROWS + lane // 4
-        next_column = column + (i + 1) % slices * 16
-        if placed:
-            if not early or (not wide and i > 0):
-                _load_mixing(placing[1], placing[2], mixing, token, tokens, hc)
-            _mix_streams(x, y, a, mixing, fresh, token, tokens, column + slice_ * 16, hidden, hc)
-            if early and wide and slice_ == slices - 1:  # while this slice is multiplied
-                _load_mixing(placing[1], placing[2], mixing, next_token, tokens, hc)
+        if placing is not None:
+            _mix_streams(x, y, a, placing[1], placing[2], fresh, token, tokens, column + slice_ * 16, hidden, hc)
         else:
             for row in T.unroll(2):
                 for stream in T.unroll(hc):
                     for v in T.unroll(4):
                         a[stream, v // 2, v % 2 * 2 + row] = x[row, stream, v]
+        next_token = (first + (i + 1) // slices * stride) * ROWS + lane // 4
+        next_column = column + (i + 1) % slices * 16
         if early and next_token - lane // 4 < tokens:
             _load_tile(streams, out, x, y, next_token, tokens, next_column, hidden, hc)
         if fn is not None:

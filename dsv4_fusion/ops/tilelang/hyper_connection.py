@@ -25,7 +25,7 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from .._library import compiling
+from .._library import compiling, layout, new
 from .hc_finish import finish, finish_shape
 from .hc_project import BF16, F32, PROJECTING, ROWS, padded, project, project_shape
 
@@ -212,15 +212,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _new(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``empty_strided`` takes half the time of ``new_empty``."""
-    return torch.empty_strided(size, stride, dtype=dtype, device=device)
-
-
-def _layout(*size: int, dtype: torch.dtype) -> tuple:
-    return size, tuple(math.prod(size[axis + 1 :]) for axis in range(len(size))), dtype
-
-
 def _fix(tensor: torch.Tensor, dtype: torch.dtype, lead: int, tokens: int) -> Callable[..., torch.Tensor] | None:
     """What makes of a tensor like this one what the kernels read; None if it is that already.
 
@@ -274,14 +265,14 @@ class _Operator:
         lead = streams.shape[:-2]
         tokens, device = math.prod(lead), streams.device
         mix = {"pre": (2 + hc) * hc, "head": hc, "": 0}[self.mixes]
-        results = [_layout(*streams.shape, dtype=torch.bfloat16)] if self.placed else []
+        results = [layout(tuple(streams.shape), torch.bfloat16)] if self.placed else []
         if self.mixes == "pre":
-            results += [_layout(*lead, hc, dtype=torch.float32), _layout(*lead, hc, hc, dtype=torch.float32)]
+            results += [layout((*lead, hc), torch.float32), layout((*lead, hc, hc), torch.float32)]
         if self.mixes:
-            results.append(_layout(*lead, hidden, dtype=torch.bfloat16))
+            results.append(layout((*lead, hidden), torch.bfloat16))
         returned = slice(1, None) if self.placed and self.mixes == "head" else slice(None)
         if tokens == 0:
-            return lambda *_, **__: _returned([_new(*result, device) for result in results][returned])
+            return lambda *_, **__: _returned([new(result, device) for result in results][returned])
 
         _, warps, chunks = project_shape(held, mix, hidden, True)
         groups = max(1, _processors(device) // chunks)
@@ -289,7 +280,7 @@ class _Operator:
         if not wide:
             _, warps, chunks = project_shape(held, mix, hidden, False)
             groups = min(-(-tokens // (ROWS * warps)), max(1, PROJECTING * _processors(device) // chunks))
-        workspace = [_layout(tokens, chunks, padded(mix) + 8, dtype=torch.float32)] if mix else []
+        workspace = [layout((tokens, chunks, padded(mix) + 8), torch.float32)] if mix else []
         names = {"pre": ("sinkhorn_iters", "rms_eps", "hc_eps", "norm_eps"), "head": ("rms_eps", "hc_eps", "norm_eps")}
         scalars = [options.get(name, DEFAULTS[name]) for name in names.get(self.mixes, ())]
         dtypes = [torch.bfloat16] * (2 if self.placed else 1) + [torch.float32] * 6
@@ -303,19 +294,19 @@ class _Operator:
         base_at = self.parameters_at + 1
 
         def launch(*tensors, norm_weight=None, **_):
+            if torch._C._cuda_getDevice() != device.index:
+                with torch.cuda.device(device):
+                    return launch(*tensors, norm_weight=norm_weight)
             given = list(tensors) if len(tensors) == self.arity else [*tensors, norm_weight]
             for index, fix in fixes:
                 given[index] = fix(given[index])
             if mix and not norm:
                 given[-1] = given[base_at]  # stands in, and is not read
-            outputs = [_new(*result, device) for result in results]
-            given += [_new(*layout, device) for layout in workspace]
+            outputs = [new(result, device) for result in results]
+            for scratch in workspace:
+                given.append(new(scratch, device))
             given += outputs if len(lead) == 1 else [out.view(tokens, *out.shape[len(lead) :]) for out in outputs]
-            if device.index == torch.cuda.current_device():
-                entry(*given, groups, *scalars)
-            else:
-                with torch.cuda.device(device):
-                    entry(*given, groups, *scalars)
+            entry(*given, groups, *scalars)
             return _returned(outputs[returned])
 
         return launch
