@@ -12,11 +12,12 @@ PYTEST := $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 OLD_TRANSFORMERS := 5.17.0# the oldest supported; its tests run beside those of the newest
 HF_TESTS := $(wildcard tests/test_model_hf.py)
 
-.PHONY: help demo test test-old-transformers bench lint clean
+.PHONY: help demo examples test test-old-transformers bench lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    compile a small DeepSeek-V4, print what was fused and how far it is from eager"
+	@echo "make examples  the other example: DeepSeek's own form of the model"
 	@echo "make test    run the tests; those that need a GPU are skipped without one"
 	@echo "make bench   time the operators; needs an NVIDIA GPU"
 	@echo "make lint    ruff check and ruff format --check"
@@ -31,6 +32,10 @@ demo: $(VENV)/.ready
 	@echo "==> examples/demo.py"
 	@$(RUN) examples/demo.py $(ARGS)
 
+examples: $(VENV)/.ready
+	@echo "==> examples/deepseek.py"
+	@$(RUN) examples/deepseek.py
+
 test: $(VENV)/.ready
 	@echo "==> pytest"
 	@$(PYTEST) $(ARGS)
@@ -42,8 +47,8 @@ test-old-transformers: $(VENV)/transformers-$(OLD_TRANSFORMERS)
 
 bench: $(VENV)/.ready
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none"; exit 1; }
-	@echo "==> benchmarks/hyper_connection.py"
-	@$(RUN) benchmarks/hyper_connection.py $(ARGS)
+	@for each in hyper_connection indexer; do echo "==> benchmarks/$$each.py"; \
+	$(RUN) benchmarks/$$each.py $(ARGS) || exit; done
 	@echo "==> the tables of README.md"
 	@$(RUN) benchmarks/render.py
 

@@ -7,6 +7,7 @@ compile time. Without one: a tiny fp32 model whose fused sites run the operators
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import sys
@@ -76,22 +77,14 @@ def milliseconds(call: Callable[[], object], repeats: int = 15) -> float:
 
 
 @torch.no_grad()
-def flash(layers: int, length: int) -> list[dict]:
-    """Prefill of V4-Flash's widths: eager, Inductor, ours; as rows of a benchmark file."""
-    net = model("flash", layers, torch.bfloat16, "cuda")
-    ids = torch.randint(0, net.config.vocab_size, (1, length), device="cuda")
-    parameters = {"model": "flash", "layers": layers, "experts": net.config.n_routed_experts, "B": 1, "S": length}
-    rows = []
-    os.environ["TILELANG_CACHE_DIR"] = tempfile.mkdtemp()  # empty, as fresh_cache makes the other compilers' caches
-    torch.compile(torch.neg)(torch.ones(1, device="cuda"))  # imports and worker processes count for nobody
-    say(f"{'':12} {'ms':>8} {'kernels':>8} {'peak GiB':>9} {'compile s':>10}")
+def compare(work: str, net: torch.nn.Module, run: Callable[[Callable, int], Callable], parameters: dict) -> list[dict]:
+    """Eager, Inductor, ours, as rows of a benchmark file; ``run(model, n)`` gives a function to be called n times."""
+    rows, repeats = [], 15
+    say(f"{work:12} {'ms':>8} {'kernels':>8} {'peak GiB':>9} {'compile s':>10}")
     for name, backend in (("eager", None), ("inductor", "inductor"), ("ours", "dsv4_fusion")):
         torch._dynamo.reset()
         compiled = torch.compile(net, backend=backend) if backend else net
-
-        def call(compiled: Callable = compiled) -> object:
-            return compiled(ids, use_cache=False)
-
+        call = run(compiled, repeats + 3)
         with fresh_cache():  # an honest compile time: Inductor's and Triton's caches are empty
             started = time.perf_counter()
             call()
@@ -99,15 +92,38 @@ def flash(layers: int, length: int) -> list[dict]:
             seconds = time.perf_counter() - started
             call()
         torch.cuda.reset_peak_memory_stats()
-        taken, peak = milliseconds(call), torch.cuda.max_memory_allocated() / 2**30
+        taken, peak = milliseconds(call, repeats), torch.cuda.max_memory_allocated() / 2**30
         count = kernels(call)
         say(f"{name:12} {taken:8.1f} {count:8} {peak:9.1f} {seconds if backend else float('nan'):10.1f}")
         row = {"impl": name, "timer": "wall", "dtype": "bfloat16", **parameters}
-        rows.append({"work": "prefill", "us": taken * 1e3, "kernels": count, "peak_gib": round(peak, 2), **row})
+        rows.append({"work": work, "us": taken * 1e3, "kernels": count, "peak_gib": round(peak, 2), **row})
         if backend:
-            rows.append({"work": "compile", "us": seconds * 1e6, **row})
+            rows.append({"work": "compile", "of": work, "us": seconds * 1e6, **row})
     torch._dynamo.reset()
     return rows
+
+
+@torch.no_grad()
+def flash(layers: int, length: int) -> list[dict]:
+    """V4-Flash's widths: prefill of one prompt, then one decoding step of 8 requests after 1,024 tokens."""
+    net = model("flash", layers, torch.bfloat16, "cuda")
+    os.environ["TILELANG_CACHE_DIR"] = tempfile.mkdtemp()  # empty, as fresh_cache makes the other compilers' caches
+    torch.compile(torch.neg)(torch.ones(1, device="cuda"))  # imports and worker processes count for nobody
+    parameters = {"model": "flash", "layers": layers, "experts": net.config.n_routed_experts}
+    ids = torch.randint(0, net.config.vocab_size, (1, length), device="cuda")
+
+    def prefill(compiled: Callable, times: int) -> Callable[[], object]:
+        return lambda: compiled(ids, use_cache=False)
+
+    prompts = torch.randint(0, net.config.vocab_size, (8, 1024), device="cuda")
+    cache = net(prompts, use_cache=True).past_key_values
+
+    def step(compiled: Callable, times: int) -> Callable[[], object]:
+        caches = [copy.deepcopy(cache) for _ in range(times)]  # a step makes its cache longer
+        return lambda: compiled(prompts[:, -1:], past_key_values=caches.pop(), use_cache=True)
+
+    rows = compare("prefill", net, prefill, {**parameters, "B": 1, "S": length})
+    return rows + compare("decode", net, step, {**parameters, "B": 8, "S": 1, "context": 1024})
 
 
 def main() -> None:

@@ -14,13 +14,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from tests.ops.test_hyper_connection import FORMS, arguments, outputs
+from dsv4_fusion import ops
+from tests.ops import test_hyper_connection as hyper_connection
+from tests.ops import test_indexer as queries
+from tests.ops import test_indexer_cache as keys
 
 implementation = sys.argv[1] if len(sys.argv) > 1 else "triton"
-for name in FORMS:
-    for tokens in (1, 17, 301):
-        tensors = arguments(name, (tokens,), 4096 if tokens == 17 else 192, dtype=torch.bfloat16, device="cuda")
-        results = outputs(name, tensors, implementation=implementation)
-        torch.cuda.synchronize()
-        assert all(result.isfinite().all() for result in results)
-        print(name, tokens, flush=True)
+
+
+def hyper_connections() -> None:
+    for name in hyper_connection.FORMS:
+        for tokens in (1, 17, 301):
+            hidden = 4096 if tokens == 17 else 192
+            given = hyper_connection.arguments(name, (tokens,), hidden, dtype=torch.bfloat16, device="cuda")
+            results = hyper_connection.outputs(name, given, implementation=implementation)
+            torch.cuda.synchronize()
+            assert all(result.isfinite().all() for result in results)
+            print(name, tokens, flush=True)
+
+
+def indexer() -> None:
+    for tokens in (1, 7, 301):
+        for name in queries.OPS:
+            for heads, d, hadamard in ((64, 128, True), (5, 64, False)):
+                given = queries.on_gpu(queries.arguments(tokens, heads, d, 64 if d == 128 else 32))
+                getattr(ops, name)(**given, hadamard=hadamard, implementation=implementation)
+                torch.cuda.synchronize()
+                print(name, tokens, heads, d, flush=True)
+        for name in keys.STORES:
+            for fused in ((), keys.FUSED):
+                given = queries.on_gpu(keys.arguments(name.rpartition("_")[2], tokens, fused=fused))
+                getattr(ops, name)(**given, hadamard=bool(fused), implementation=implementation)
+                torch.cuda.synchronize()
+                print(name, tokens, fused, flush=True)
+
+
+if implementation != "cutedsl":
+    hyper_connections()
+if implementation != "tilelang":
+    indexer()
+print(f"{implementation}: all launched")
