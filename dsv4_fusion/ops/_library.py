@@ -10,6 +10,7 @@ for the shapes, dtypes, strides and options that they were made for; a call that
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -37,6 +38,7 @@ ALIGNMENT = 16  # bytes: the longest load of a kernel
 REMEMBERED = 4096  # calls whose checks are remembered, an operator
 _library = torch.library.Library(NAMESPACE, "DEF")
 _preparers: dict[Any, Callable[..., None]] = {}  # an operator's overload: begins to compile its kernels
+_prepared: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
@@ -123,14 +125,24 @@ def compiling() -> ThreadPoolExecutor:
 
 
 def prepare(operator: Any, *args: Any, **kwargs: Any) -> None:
-    """Begin to compile, in the background, what a call of ``operator`` with such arguments will launch.
+    """Say that ``operator`` will be called with such arguments.
+
+    The first call of any operator then begins to compile all of their kernels, side by side. Not earlier: a graph is
+    traced and compiled meanwhile, and compilers in other threads of the same process, which take Python's lock
+    thousands of times, delayed that by more than they need themselves.
 
     Args:
         operator: an overload of ``torch.ops.dsv4``; any other is none of ours, and nothing happens.
         args, kwargs: its arguments; tensors may be fake.
     """
     if operator in _preparers:
-        _preparers[operator](*args, **kwargs)
+        _prepared.append(functools.partial(_preparers[operator], *args, **kwargs))
+
+
+def _begin_prepared() -> None:
+    while _prepared:
+        with contextlib.suppress(Exception):  # it is raised again by the call itself
+            _prepared.pop()()
 
 
 def _call_key(args: tuple, kwargs: dict) -> tuple | None:
@@ -241,6 +253,7 @@ def define(
     def first(*args: Any, implementation: str | None = None, **kwargs: Any) -> Callable[..., Any]:
         """What to call for arguments like these."""
         checked(args, kwargs)
+        _begin_prepared()
         chosen = choose(implementation, args[0].device, args, kwargs)
         function = chosen.load() if chosen else reference
         if hasattr(function, "bind"):
@@ -252,13 +265,9 @@ def define(
         return fake(*args, **kwargs)
 
     def preparing(*args: Any, implementation: str | None = None, **kwargs: Any) -> None:
-        def begin() -> None:  # what goes wrong here is raised by the launch
-            chosen = choose(implementation, args[0].device, args, kwargs)
-            if chosen is not None and hasattr(function := chosen.load(), "prepare"):
-                function.prepare(*args, **kwargs)
-
-        if args[0].device.type != "cpu":
-            compiling().submit(begin)
+        chosen = choose(implementation, args[0].device, args, kwargs)
+        if chosen is not None and hasattr(function := chosen.load(), "prepare"):
+            function.prepare(*args, **kwargs)
 
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", abstract, lib=_library)

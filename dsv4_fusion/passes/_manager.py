@@ -203,7 +203,7 @@ def _replace(graph: Graph, match: Match, replacement: tuple[Graph, Node]) -> lis
                 copies[node] = graph.node_copy(node, copies.__getitem__)
                 copies[node].meta = {**origin, "val": node.meta["val"]} if "val" in node.meta else dict(origin)
                 values = map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
-                prepare(node.target, *values[0], **values[1])  # while Inductor works on the rest
+                prepare(node.target, *values[0], **values[1])
     outputs = [copies[node] for node in call.output_node().args[0]]
     for old, new in zip(match.outputs, outputs, strict=True):
         old.replace_all_uses_with(new)

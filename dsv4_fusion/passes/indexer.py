@@ -47,6 +47,7 @@ class Queries(NamedTuple):
     table_dtype: torch.dtype = torch.bfloat16
     weights_dtype: torch.dtype = torch.bfloat16
     single: tuple[bool, bool, bool] = (False, False, False)  # whether batch, sequence, entries are 1: other products
+    shared_table: bool = False  # one row of angles for the whole batch
 
     def sizes(self) -> list[int]:
         """Batch, sequence and entries of a trace."""
@@ -204,7 +205,7 @@ def contradiction(graph: Graph) -> str | None:
 
 
 def _engine(structure: Queries) -> Trace:
-    (_, tokens, rows), (heads, d, rope, hadamard, mxfp4, option, table_dtype, weights_dtype, _) = (
+    (_, tokens, rows), (heads, d, rope, hadamard, mxfp4, option, table_dtype, weights_dtype, *_) = (
         structure.sizes(),
         structure,
     )
@@ -266,10 +267,11 @@ def _hugging_face(structure: Queries) -> Trace:
         q = _modeling().apply_rotary_pos_emb(q.transpose(1, 2), cos, sin).transpose(1, 2)
         return {"score": _modeling().DeepseekV4IndexerScorer.forward(scorer, q, k, weights)}
 
+    rows = 1 if structure.shared_table else b
     tensors = {
         "q": torch.empty(b, s, heads, d, dtype=dtype),
-        "cos": torch.empty(b, s, rope // 2, dtype=dtype),
-        "sin": torch.empty(b, s, rope // 2, dtype=dtype),
+        "cos": torch.empty(rows, s, rope // 2, dtype=dtype),
+        "sin": torch.empty(rows, s, rope // 2, dtype=dtype),
         "k": torch.empty(b, entries, d, dtype=dtype),
         "weights": torch.empty(b, s, heads, dtype=dtype),
     }
@@ -284,8 +286,9 @@ def _hugging_face_sites(node: Node) -> Iterator[Queries]:
     joined = _nearest(product.args[0], _is(aten.cat.default), 16)
     if joined is not None and isinstance(joined.args[0][-1], Node):  # the dims that are not rotated, those that are
         d, rope = joined.meta["val"].shape[-1], joined.args[0][-1].meta["val"].shape[-1]
-        dtype = joined.meta["val"].dtype
-        yield Queries(value.shape[2], d, rope, False, False, table_dtype=dtype, single=_single(value))
+        dtype, single = joined.meta["val"].dtype, _single(value)
+        for shared in (False,) if single[0] else (True, False):  # position_ids of the model's own, or of each request
+            yield Queries(value.shape[2], d, rope, False, False, None, dtype, single=single, shared_table=shared)
 
 
 # Fusions

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -309,7 +308,7 @@ def test_a_call_that_something_intercepts_goes_through_the_dispatcher():
     assert any(node.target is torch.ops.dsv4.hc_pre.default for node in graph.nodes)
 
 
-def test_prepare_compiles_in_the_background_what_would_be_launched(monkeypatch):
+def test_what_was_prepared_begins_to_compile_with_the_first_call(monkeypatch):
     prepared = []
 
     class Kernel:
@@ -322,22 +321,24 @@ def test_prepare_compiles_in_the_background_what_would_be_launched(monkeypatch):
     monkeypatch.setattr(torch.library, "register_fake", lambda *a, **k: None)
     monkeypatch.setattr(_library.Implementation, "load", lambda self: Kernel() if self.name == "triton" else None)
     monkeypatch.setattr(_library.Implementation, "unavailable", lambda self, device: None)
-    _library.define(
+    call = _library.define(
         "hc_pre(Tensor x, *, float eps, str? implementation=None) -> Tensor",
-        reference=lambda x: x,
+        reference=lambda x, eps: x,
         fake=lambda x: x,
-        check=lambda x: None,
+        check=lambda x, eps: None,
         implementations=[
             _library.Implementation("tilelang", "", limits=lambda x, eps: "too wide"),
             _library.Implementation("triton", ""),
         ],
     )
+    monkeypatch.setattr(_library, "_prepared", [])
     x = torch.empty(1, device="meta")
-    with ThreadPoolExecutor() as threads:  # joined at the end
-        monkeypatch.setattr(_library, "compiling", lambda: threads)
-        _library.prepare(torch.ops.dsv4.hc_pre.default, x, eps=1.0)
-        _library.prepare(torch.ops.aten.relu.default, x)
-    assert prepared == [(x, 1.0)]
+    _library.prepare(torch.ops.dsv4.hc_pre.default, x, eps=1.0)
+    _library.prepare(torch.ops.dsv4.hc_pre.default, None, eps=1.0)  # fails when its own call does
+    _library.prepare(torch.ops.aten.relu.default, x)
+    assert not prepared
+    call(torch.ones(1), eps=2.0, implementation="reference")
+    assert prepared == [(x, 1.0)] and not _library._prepared
 
 
 # Kernels on the GPU

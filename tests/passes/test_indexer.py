@@ -436,8 +436,11 @@ def test_operators_that_transform_one_side_are_refused(of_keys):
 # Hugging Face's model
 
 
-@pytest.mark.parametrize(("dtype", "batch"), [(torch.bfloat16, 2), (torch.float32, 1)])
-def test_hugging_face_quantises_nothing(dtype, batch):
+@pytest.mark.parametrize(
+    ("dtype", "batch", "rows"), [(torch.bfloat16, 2, 2), (torch.float32, 2, 1), (torch.bfloat16, 1, 1)]
+)
+def test_hugging_face_quantises_nothing(dtype, batch, rows):
+    """``rows``: of the positions, which are the model's own for all requests, or each request's."""
     modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
     from examples.model import SIZES
 
@@ -446,7 +449,7 @@ def test_hugging_face_quantises_nothing(dtype, batch):
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.1)
     hidden, lora = torch.randn(batch, 32, 64).to(dtype), torch.randn(batch, 32, 32).to(dtype)
-    positions = torch.arange(32).expand(batch, -1)
+    positions = torch.arange(32).expand(rows, -1)
     report, ours = run(lambda *inputs: net(*inputs, None, 0), hidden, lora, positions)
     assert not report.sites and not report.near_misses, report
     (entry,) = report.left_alone
