@@ -38,14 +38,15 @@ INTEGERS = (torch.int32, torch.int64)
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of the last dimension, a power of two, in fp32 and rounded once to x's dtype.
 
-    The squares are added as a tree, neighbours first. ``1 / sqrt`` is two rounded operations: rsqrt differs by device.
+    The squares are added as a tree, neighbours first. ``1 / sqrt`` is two rounded operations: rsqrt differs by device,
+    and so does PyTorch's fp32 sqrt, which on the CPU can be the second nearest; the one through float64 is the nearest.
     """
     wide = x.float()
     total = wide * wide
     while total.shape[-1] > 1:
         even, odd = total.unflatten(-1, (-1, 2)).unbind(-1)
         total = even + odd
-    root = torch.sqrt(total * (1 / x.shape[-1]) + eps)  # the size is a power of two: a division, exactly
+    root = torch.sqrt((total * (1 / x.shape[-1]) + eps).double()).float()  # of a power of two: a division, exactly
     return (wide * (torch.ones_like(root) / root) * weight.float()).to(x.dtype)
 
 

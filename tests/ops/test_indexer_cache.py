@@ -133,6 +133,20 @@ def test_the_fused_store_is_its_steps(name, hadamard):
     assert torch.equal(store(name, tensors, norm_eps=1e-3, hadamard=hadamard), store(name, steps))
 
 
+def test_the_norms_root_is_rounded_once():
+    """Against float64. PyTorch's own fp32 sqrt on the CPU fails this."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 128, generator=generator).bfloat16()
+    x = (x * torch.exp2(torch.randint(-4, 8, (2000, 1), generator=generator).float())).bfloat16()
+    total = x.float() * x.float()
+    while total.shape[-1] > 1:
+        total = total[..., 0::2] + total[..., 1::2]
+    mean = total * (1 / 128) + 1e-6
+    root = torch.tensor([[math.sqrt(value)] for value in mean.flatten().tolist()], dtype=torch.float64).float()
+    expected = (x.float() * (torch.ones_like(root) / root)).bfloat16()
+    assert torch.equal(_indexer.rms_norm_ref(x, torch.ones(128), 1e-6), expected)
+
+
 def test_norm_is_the_mathematics():
     x = torch.randn(50, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight = torch.randn(128, generator=torch.Generator().manual_seed(1))
