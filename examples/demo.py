@@ -98,7 +98,7 @@ def compare(work: str, net: torch.nn.Module, run: Callable[[Callable, int], Call
         row = {"impl": name, "timer": "wall", "dtype": "bfloat16", **parameters}
         rows.append({"work": work, "us": taken * 1e3, "kernels": count, "peak_gib": round(peak, 2), **row})
         if backend:
-            rows.append({"work": "compile", "of": work, "us": seconds * 1e6, **row})
+            rows.append({"work": "compile", "graph": work, "us": seconds * 1e6, **row})
     torch._dynamo.reset()
     return rows
 
