@@ -48,10 +48,10 @@ class Implementation:
     Attributes:
         name: the kernel language, a key of COMPILERS, and what callers pass as ``implementation=``.
         entry: ``"module:function"``; imported at the first launch. The function takes the operator's arguments
-            without ``implementation`` and returns what the operator returns. It may have two attributes that take
-            the same arguments: ``bind`` returns a quicker function for calls with the same metadata and options;
-            ``prepare`` begins to compile what a call with any number of tokens would need, and reads no more than
-            metadata (the tensors may be fake).
+            without ``implementation`` and returns what the operator returns; the current device is that of the first
+            argument. It may have two attributes that take the same arguments: ``bind`` returns a quicker function for
+            calls with the same metadata and options; ``prepare`` begins to compile what a call with any number of
+            tokens would need, and reads no more than metadata (the tensors may be fake).
         limits: called with the operator's arguments; returns why this implementation cannot take them, or None. It
             may depend on shapes, dtypes, strides, devices, options, and addresses modulo 16; not on contents.
         capability: the smallest CUDA compute capability it runs on.
@@ -256,9 +256,20 @@ def define(
         _begin_prepared()
         chosen = choose(implementation, args[0].device, args, kwargs)
         function = chosen.load() if chosen else reference
-        if hasattr(function, "bind"):
-            function = function.bind(*args, **kwargs)
-        return lambda *args, implementation=None, **kwargs: function(*args, **kwargs)
+        if chosen is None or args[0].device.type != "cuda":
+            return lambda *args, implementation=None, **kwargs: function(*args, **kwargs)
+        index = args[0].device.index
+        with torch.cuda.device(index):
+            if hasattr(function, "bind"):
+                function = function.bind(*args, **kwargs)
+
+        def launch(*args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
+            if torch._C._cuda_getDevice() == index:
+                return function(*args, **kwargs)
+            with torch.cuda.device(index):
+                return function(*args, **kwargs)
+
+        return launch
 
     def abstract(*args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
         checked(args, kwargs)

@@ -463,6 +463,17 @@ def test_two_streams_at_once(implementation):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_a_device_that_is_not_the_current_one(implementation):
+    given = arguments("hc_post_pre", (20,), 4096, dtype=torch.bfloat16, device="cuda:1")
+    here = outputs("hc_post_pre", {key: value.to("cuda:0") for key, value in given.items()})
+    assert torch.cuda.current_device() == 0
+    for got, expected in zip(outputs("hc_post_pre", given, implementation=implementation), here, strict=True):
+        assert got.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+        torch.testing.assert_close(got.to("cuda:0"), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMS)
 def test_strided_inputs(implementation, name):
     tensors = arguments(name, (40,), 4096, dtype=torch.bfloat16, device="cuda")

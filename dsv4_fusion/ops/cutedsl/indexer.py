@@ -206,14 +206,10 @@ class _Operator:
             return lambda *_, **__: None if self.out else tuple(new(result, device) for result in results)
         if key not in _kernels:
             rows = rows_of(options, d, 2 * cos.shape[1], launch.capability(device))
-            with torch.cuda.device(device):
-                _kernels[key] = build(rows, heads, *key[4:8])
+            _kernels[key] = build(rows, heads, *key[4:8])
         kernel, without_scales = _kernels[key], not self.mxfp4
 
         def call(*tensors, **_):
-            if torch._C._cuda_getDevice() != device.index:
-                with torch.cuda.device(device):
-                    return call(*tensors)
             outputs = tensors[5:] if self.out else [new(result, device) for result in results]
             if without_scales:
                 kernel(*tensors[:5], outputs[0], None, outputs[1], floor)

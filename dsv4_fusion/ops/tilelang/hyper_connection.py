@@ -294,9 +294,6 @@ class _Operator:
         base_at = self.parameters_at + 1
 
         def launch(*tensors, norm_weight=None, **_):
-            if torch._C._cuda_getDevice() != device.index:
-                with torch.cuda.device(device):
-                    return launch(*tensors, norm_weight=norm_weight)
             given = list(tensors) if len(tensors) == self.arity else [*tensors, norm_weight]
             for index, fix in fixes:
                 given[index] = fix(given[index])

@@ -12,7 +12,6 @@ floating-point contraction is off: where a fused multiply-add is meant, it is wr
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -72,12 +71,6 @@ def _plan(hc: int, d: int, mix: int, dtype: torch.dtype, few: bool, device: torc
     )
 
 
-def _on(device: torch.device):
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
 def _fused(output, streams, post, comb, fn, base, scale, weight, rms_eps, hc_eps, iters, norm_eps, *, store=False):
     """Both launches. Returns (new streams, post, comb, collapsed), None where there is none; iters 0 is the head."""
     *lead, hc, d = streams.shape
@@ -100,19 +93,18 @@ def _fused(output, streams, post, comb, fn, base, scale, weight, rms_eps, hc_eps
     plan = _plan(hc, d, mix, streams.dtype, tokens <= FEW_TOKENS, streams.device)
     work = streams.new_empty([plan.parts, tokens, plan.n], dtype=torch.float32)
     pdl = "launch_pdl" in plan.row_options
-    with _on(streams.device):
-        project[(plan.parts * triton.cdiv(tokens, plan.tokens),)](
-            output, streams, post, comb, new, fn, work, tokens,
-            d, hc, mix, plan.n, mixed, store, plan.tokens, ROWS, plan.block_d, plan.steps, pdl,
-            **plan.options,
-        )  # fmt: skip
-        again = mixed and not store  # the new streams were not written: finish mixes them once more
-        finish[(triton.cdiv(tokens, MIX_TOKENS) * (MIX_TOKENS + 1),)](
-            output if again else None, new if store else streams, post if again else None, comb if again else None,
-            base, scale, weight, work, new_post, new_comb, collapsed, tokens, rms_eps, hc_eps, norm_eps,
-            d, hc, mix, plan.n, plan.parts, plan.group, plan.groups, iters, MIX_TOKENS, plan.row, again,
-            weight is not None, pdl, **plan.row_options,
-        )  # fmt: skip
+    project[(plan.parts * triton.cdiv(tokens, plan.tokens),)](
+        output, streams, post, comb, new, fn, work, tokens,
+        d, hc, mix, plan.n, mixed, store, plan.tokens, ROWS, plan.block_d, plan.steps, pdl,
+        **plan.options,
+    )  # fmt: skip
+    again = mixed and not store  # the new streams were not written: finish mixes them once more
+    finish[(triton.cdiv(tokens, MIX_TOKENS) * (MIX_TOKENS + 1),)](
+        output if again else None, new if store else streams, post if again else None, comb if again else None,
+        base, scale, weight, work, new_post, new_comb, collapsed, tokens, rms_eps, hc_eps, norm_eps,
+        d, hc, mix, plan.n, plan.parts, plan.group, plan.groups, iters, MIX_TOKENS, plan.row, again,
+        weight is not None, pdl, **plan.row_options,
+    )  # fmt: skip
     return new, new_post, new_comb, collapsed
 
 
@@ -134,11 +126,10 @@ def hc_post(output, hidden_streams, post, comb):
         return new
     *_, hc, d = hidden_streams.shape
     block = min(1024, triton.next_power_of_2(d))
-    with _on(new.device):
-        place[(output.numel() // d * triton.cdiv(d, block),)](
-            output, hidden_streams, post.contiguous(), comb.contiguous(), new, output.numel() // d, d, hc, block,
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+    place[(output.numel() // d * triton.cdiv(d, block),)](
+        output, hidden_streams, post.contiguous(), comb.contiguous(), new, output.numel() // d, d, hc, block,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     return new
 
 

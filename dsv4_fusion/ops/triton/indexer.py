@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -78,12 +77,6 @@ def quantise_q(
     tl.store(weights_out_ptr + out, weight * dim_factor * head_factor, mask=here)
 
 
-def on(device: torch.device):
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
 @functools.cache
 def has_e4m3(device: torch.device) -> bool:
     """Whether the GPU converts to e4m3; Triton's own conversion needs that."""
@@ -96,14 +89,13 @@ def _launch(q, positions, cos, sin, weights, out, scale, weights_out, floor, had
     if tokens == 0:
         return
     tile = min(triton.next_power_of_2(heads), 16 if tokens <= FEW_TOKENS else 32)
-    with on(q.device):
-        quantise_q[(tokens * triton.cdiv(heads, tile),)](
-            q, positions, cos, sin, weights, out.view(torch.uint8), scale, weights_out,
-            q.stride(0), q.stride(1), cos.stride(0), sin.stride(0), weights.stride(0), floor, d**-0.5, heads**-0.5,
-            heads, d, 2 * cos.shape[1], tile, hadamard, scale is not None, option,
-            scale is None and has_e4m3(q.device),
-            num_warps=max(1, min(4, tile * d // 512)), enable_fp_fusion=False,
-        )  # fmt: skip
+    quantise_q[(tokens * triton.cdiv(heads, tile),)](
+        q, positions, cos, sin, weights, out.view(torch.uint8), scale, weights_out,
+        q.stride(0), q.stride(1), cos.stride(0), sin.stride(0), weights.stride(0), floor, d**-0.5, heads**-0.5,
+        heads, d, 2 * cos.shape[1], tile, hadamard, scale is not None, option,
+        scale is None and has_e4m3(q.device),
+        num_warps=max(1, min(4, tile * d // 512)), enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def indexer_q_fp8_out(

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .indexer import MXFP4_FLOOR, has_e4m3, load_rope, on
+from .indexer import MXFP4_FLOOR, has_e4m3, load_rope
 from .indexer_row import hadamard, quantise_fp8, quantise_mxfp4, rms_norm, rotate, rounded, widen
 
 TOKENS = 16  # a program
@@ -147,13 +147,12 @@ def _store(
     tokens, d = k.shape
     if tokens == 0:
         return
-    with on(k.device):
-        store[(triton.cdiv(tokens, TOKENS),)](
-            k, cache, slots, norm_weight, positions, cos, sin, k.stride(0), cache.stride(0),
-            0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0), tokens,
-            cache.shape[0] * page_size, norm_eps, floor, d, 0 if cos is None else 2 * cos.shape[1], TOKENS, page_size,
-            hadamard, mxfp4, option, not mxfp4 and has_e4m3(k.device), num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+    store[(triton.cdiv(tokens, TOKENS),)](
+        k, cache, slots, norm_weight, positions, cos, sin, k.stride(0), cache.stride(0),
+        0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0), tokens,
+        cache.shape[0] * page_size, norm_eps, floor, d, 0 if cos is None else 2 * cos.shape[1], TOKENS, page_size,
+        hadamard, mxfp4, option, not mxfp4 and has_e4m3(k.device), num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def indexer_k_store_fp8(
@@ -182,9 +181,8 @@ def indexer_k_load(cache, block_table, lengths, *, format, head_dim=128, page_si
     out = cache.new_empty([sequences, length, head_dim], dtype=torch.bfloat16)
     if out.numel() == 0:
         return out
-    with on(cache.device):
-        load[(sequences * triton.cdiv(length, TOKENS),)](
-            cache, block_table, lengths, out.view(torch.int16), cache.stride(0), block_table.stride(0),
-            cache.shape[0], length, head_dim, TOKENS, page_size, format == "mxfp4", num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+    load[(sequences * triton.cdiv(length, TOKENS),)](
+        cache, block_table, lengths, out.view(torch.int16), cache.stride(0), block_table.stride(0),
+        cache.shape[0], length, head_dim, TOKENS, page_size, format == "mxfp4", num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     return out
