@@ -203,11 +203,6 @@ def _begin(*key) -> list[Future]:
 
 
 @functools.cache
-def _entries(*key):
-    return tuple(future.result() for future in _begin(*key))
-
-
-@functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -290,7 +285,7 @@ class _Operator:
             for index, tensor in enumerate(tensors)
             if tensor is not None and (fix := _fix(tensor, dtypes[index], leads[index], tokens)) is not None
         ]
-        entry = _entries(*key)[wide]
+        entry = _begin(*key)[wide].result()
         base_at = self.parameters_at + 1
 
         def launch(*tensors, norm_weight=None, **_):
