@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -102,7 +103,7 @@ def explain(
     report = Report()
 
     def tracing_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        loose = FusionOptions(reference=True, implementation=ours.implementation)
+        loose = dataclasses.replace(ours, strict=False, reference=True)
         return _compile(gm, example_inputs, loose, patches, report.add, run_graph=True)
 
     torch._dynamo.reset()
@@ -196,6 +197,8 @@ def _run_graph(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any
 
 def _log_report(report: Report) -> None:
     logger.info("%s", report.summary())
+    for site in report.sites:
+        logger.debug("%s: %s: %s, %d nodes", "fused" if site.rewritten else "matched", site.path, site.op, site.nodes)
     for miss in report.near_misses:
         logger.warning("not fused: %s: %s: %s", miss.path, miss.fusion, miss.reason)
     for entry in report.left_alone:

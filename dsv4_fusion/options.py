@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ class FusionOptions:
             CPU code, so that without this the CPU's matches are reported and left to Inductor.
         implementation: the kernels to use, by name ("triton", "tilelang", "cutedsl", "reference"); an operator that
             has none by that name, or cannot use it here, raises. None chooses the best that is usable.
+        dump: a folder for the graphs before and after, the matches and the patterns; None takes the environment
+            variable ``DSV4_FUSION_DUMP``, and dumps nothing if that is not set either. With it Inductor's caches are
+            neither read nor written, because code out of a cache was fused earlier and has nothing to dump.
 
     Raises:
         ValueError: names the field, the value and what is allowed.
@@ -29,6 +33,7 @@ class FusionOptions:
     strict: bool | int = False
     reference: bool = False
     implementation: str | None = None
+    dump: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.strict, int) or self.strict < 0:
@@ -41,6 +46,14 @@ class FusionOptions:
                 f"expected None or one of {', '.join(IMPLEMENTATIONS)}"
             )
 
+        if self.dump is not None and not (isinstance(self.dump, str | os.PathLike) and _is_folder(self.dump)):
+            raise ValueError(f"option dump: got {self.dump!r}, expected None or a folder's path, a str or os.PathLike")
+
+    @property
+    def dump_folder(self) -> str | None:
+        """Where to dump: the option, else the environment variable, else None."""
+        return os.environ.get("DSV4_FUSION_DUMP") or None if self.dump is None else os.fspath(self.dump)
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in dataclasses.fields(cls))
@@ -51,6 +64,12 @@ class FusionOptions:
         rest = dict(options or {})
         ours = {name: rest.pop(name) for name in cls.names() if name in rest}
         return cls(**ours), rest
+
+
+def _is_folder(path: str | os.PathLike[Any]) -> bool:
+    """Whether it can be a folder's path; whether it can be written to is seen, and warned of, at the first graph."""
+    text = os.fspath(path)
+    return isinstance(text, str) and text != "" and "\0" not in text
 
 
 def unknown_option(name: str, inductor: list[str]) -> ValueError:

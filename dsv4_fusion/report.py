@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ class Report:
             f"{counts}; {len(self.near_misses)} near misses; "
             f"{self.nodes_before} -> {self.nodes_after} nodes in {graphs}, {self.seconds:.2f} s"
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as ``json.dump`` takes it.
+
+        Returns:
+            ``counts`` first, then every attribute under its own name; sites and near misses are dicts of theirs.
+        """
+        return {"counts": dict(sorted(self.counts.items()))} | asdict(self)
 
     def __str__(self) -> str:
         rows = [("module", "fusion", "op", "nodes")]

@@ -26,7 +26,8 @@ from ..ops._library import prepare
 from ..options import FusionOptions
 from ..report import NearMiss, Report, Site
 from . import hyper_connection, indexer
-from ._pattern import NEAR, Computation, Failure, Fusion, Match, cut, find
+from ._dump import Dump
+from ._pattern import NEAR, Computation, Failure, Fusion, Match, Pattern, cut, find
 from ._tidy import tidy
 
 logger = logging.getLogger("dsv4_fusion")
@@ -64,12 +65,15 @@ class FusionPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         for own in self.before:
             own(graph)
+        dump, patterns = Dump(self.options.dump_folder), list[Pattern]()
+        dump.before(graph)
         report, started = Report(nodes_before=len(graph.nodes), graphs=1), time.process_time()
         if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
             report.notes.append("a training graph was left alone: the operators have no backward; use torch.no_grad()")
         else:
-            self.fuse(graph, report)
+            patterns = self.fuse(graph, report)
         report.nodes_after, report.seconds = len(graph.nodes), time.process_time() - started
+        dump.after(graph, report, patterns)
         self.on_report(report)
         wanted = int(self.options.strict)
         if len(report.sites) < wanted:
@@ -79,11 +83,15 @@ class FusionPass(CustomGraphPass):
         """Inductor's cache key: sources, versions, options, and the user's own pass."""
         if not all(isinstance(own, CustomGraphPass) and own.uuid() is not None for own in self.before):
             return None  # no key for the user's pass: Inductor then does not cache
+        if self.options.dump_folder is not None:
+            return None  # code out of a cache would leave no dump
         before = tuple(own.uuid() for own in self.before)
         return (_source_hash(), _versions(), repr(self.options), self.rewrite, before)
 
-    def fuse(self, graph: Graph, report: Report) -> None:
+    def fuse(self, graph: Graph, report: Report) -> list[Pattern]:
+        """Rewrite the graph, fill the report; return the patterns that matched or nearly did."""
         tidy(graph)
+        patterns: list[Pattern] = []
         claimed: set[Node] = set()
         failures: list[Failure] = []
         joints = _Joints()
@@ -96,9 +104,11 @@ class FusionPass(CustomGraphPass):
                 result = self.first_match(computation, anchor, claimed)
                 if isinstance(result, Failure):
                     failures.append(result)
+                    patterns += [result.pattern] if result.share >= NEAR else []
                 if not isinstance(result, tuple):
                     continue
                 match, replacement = result
+                patterns.append(match.pattern)
                 path, name = _module_path(anchor), match.fusion.name
                 if match.fusion.left_alone is not None:
                     report.left_alone.append(NearMiss(path, name, match.fusion.left_alone))
@@ -113,6 +123,7 @@ class FusionPass(CustomGraphPass):
             report.notes.append("on the CPU matches are left to Inductor; options={'reference': True} rewrites them")
         if (contradiction := indexer.contradiction(graph)) is not None:
             raise FusionError(contradiction)
+        return patterns
 
     def rewrites(self, anchor: Node) -> bool:
         if self.rewrite is not None:
@@ -138,7 +149,7 @@ class FusionPass(CustomGraphPass):
                     replacement = reason or _replacement(result, self.options.implementation)
                     if not isinstance(replacement, str):
                         return result, replacement
-                    result = Failure(fusion, result.nodes, 1.0, replacement, anchor)
+                    result = Failure(fusion, result.nodes, 1.0, replacement, anchor, result.pattern)
                 if nearest is None or result.share >= min(NEAR, nearest.share):
                     nearest = result
             failures += [nearest] if nearest is not None else []

@@ -118,6 +118,7 @@ class Match:
     scalars: dict[str, float]
     constants: Mapping[str, int]
     anchor: Node
+    pattern: Pattern
 
 
 @dataclass
@@ -127,6 +128,7 @@ class Failure:
     share: float  # of the pattern's nodes found
     reason: str
     anchor: Node
+    pattern: Pattern
 
 
 @functools.cache
@@ -218,7 +220,7 @@ class _Matcher:
             self.check_users(covered)
         if self.failures or share < 1:
             _, reason = min(self.failures, key=lambda failure: failure[0], default=(0, "the pattern is not connected"))
-            return Failure(self.pattern.fusion, covered, share, reason, self.anchor)
+            return Failure(self.pattern.fusion, covered, share, reason, self.anchor, self.pattern)
         inputs = {name: self.found[node] for node, name in self.pattern.inputs.items()}
         return Match(
             self.pattern.fusion,
@@ -228,6 +230,7 @@ class _Matcher:
             self.scalars,
             self.pattern.trace.constants,
             self.anchor,
+            self.pattern,
         )
 
     def fail(self, expected: Node, reason: str) -> None:
