@@ -37,6 +37,7 @@ COMPILERS = {  # implementation: modules it needs
 ALIGNMENT = 16  # bytes: the longest load of a kernel
 REMEMBERED = 4096  # calls whose checks are remembered, an operator
 _library = torch.library.Library(NAMESPACE, "DEF")
+operators: dict[str, tuple[Implementation, ...]] = {}  # by name: its GPU implementations, best first
 _preparers: dict[Any, Callable[..., None]] = {}  # an operator's overload: begins to compile its kernels
 _prepared: list[Callable[[], None]] = []
 
@@ -191,6 +192,7 @@ def define(
         implementations: GPU implementations, best first.
     """
     name = schema.partition("(")[0]
+    operators[name] = tuple(implementations)
     table = {implementation.name: implementation for implementation in implementations}
     plans: dict[tuple, Callable[..., Any]] = {}
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
