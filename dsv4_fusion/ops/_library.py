@@ -278,9 +278,10 @@ def define(
         return fake(*args, **kwargs)
 
     def preparing(*args: Any, implementation: str | None = None, **kwargs: Any) -> None:
-        chosen = choose(implementation, args[0].device, args, kwargs)
-        if chosen is not None and hasattr(function := chosen.load(), "prepare"):
-            function.prepare(*args, **kwargs)
+        if args[0].device.type == "cuda":  # a graph may be looked at without a GPU
+            chosen = choose(implementation, args[0].device, args, kwargs)
+            if chosen is not None and hasattr(function := chosen.load(), "prepare"):
+                function.prepare(*args, **kwargs)
 
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", abstract, lib=_library)

@@ -309,6 +309,8 @@ def test_a_call_that_something_intercepts_goes_through_the_dispatcher():
 
 
 def test_what_was_prepared_begins_to_compile_with_the_first_call(monkeypatch):
+    with torch._subclasses.FakeTensorMode():
+        x = torch.empty(1, device="cuda:0")
     prepared = []
 
     class Kernel:
@@ -332,8 +334,8 @@ def test_what_was_prepared_begins_to_compile_with_the_first_call(monkeypatch):
         ],
     )
     monkeypatch.setattr(_library, "_prepared", [])
-    x = torch.empty(1, device="meta")
     _library.prepare(torch.ops.dsv4.hc_pre.default, x, eps=1.0)
+    _library.prepare(torch.ops.dsv4.hc_pre.default, torch.empty(1, device="meta"), eps=1.0)  # nothing will be launched
     _library.prepare(torch.ops.dsv4.hc_pre.default, None, eps=1.0)  # fails when its own call does
     _library.prepare(torch.ops.aten.relu.default, x)
     assert not prepared
