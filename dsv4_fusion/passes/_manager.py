@@ -146,6 +146,8 @@ class FusionPass(CustomGraphPass):
                     reason = fusion.refuse(result) if fusion.refuse else None
                     if reason is None and fusion.left_alone is not None:
                         return result, None
+                    if fusion.simplify is not None:
+                        result.inputs = fusion.simplify(result.inputs)
                     replacement = reason or _replacement(result, self.options.implementation)
                     if not isinstance(replacement, str):
                         return result, replacement

@@ -42,6 +42,7 @@ class Fusion:
         outputs: the names of the values where it ends; what ``replacement`` returns, in order.
         replacement: called with the inputs, the captured scalars, the structure's ``constants`` and
             ``implementation`` as keywords; calls the operator.
+        simplify: called with the inputs found; returns those to use instead, which the graph proves to be as good.
         parts: the fusions this one joins; when they match apart although one feeds the other, that is reported.
         refuse: looks at a match beyond its own nodes; returns why it must not be fused, or None.
         left_alone: set on what is recognised and not rewritten yet: why; the report has it, and nothing is replaced.
@@ -52,6 +53,7 @@ class Fusion:
     outputs: tuple[str, ...]
     replacement: Callable[..., Any]
     parts: tuple[str, ...] = ()
+    simplify: Callable[[list[Node]], list[Node]] | None = None
     refuse: Callable[[Match], str | None] | None = None
     left_alone: str | None = None
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import ops
 from ..ops.hyper_connection import hc_head_ref, hc_post_ref, hc_pre_ref
@@ -97,17 +98,6 @@ def _sinkhorn_sites(node: Node) -> Iterator[Structure]:
         passes += current is not None
     if passes:
         yield from _structures(node, shape[-1], (passes + 1) // 2)  # a column pass, then rows and columns
-
-
-def _first_sites(node: Node) -> Iterator[Structure]:
-    """A Sinkhorn chain whose streams are the copies of one embedding."""
-    for structure in _sinkhorn_sites(node):
-        streams = _streams(node, structure.hc)
-        while streams is not None and streams.target in (aten.clone.default, aten._to_copy.default):
-            streams = streams.args[0]
-        copied = streams is not None and streams.target in (aten.expand.default, aten.repeat.default)
-        if copied and streams.args[0].meta["val"].dim() == 4 and streams.args[0].meta["val"].shape[2] == 1:
-            yield structure
 
 
 def _post_sites(node: Node) -> Iterator[Structure]:
@@ -233,22 +223,6 @@ def _boundary(structure: Structure) -> Trace:
     return Trace(function, tensors, _SCALARS, _PARAMETERS, constants)
 
 
-def _beginning(structure: Structure) -> Trace:
-    """The embedding copied into all streams, then the first sublayer's input out of them."""
-    given = _tensors(structure, (2 + structure.hc) * structure.hc, 3)
-    tensors = {"embedding": given["output"]} | {name: given[name] for name in (*_WEIGHTS, "norm_weight")}
-
-    def function(embedding, **parameters):
-        if structure.dialect == "deepseek":
-            streams = embedding.unsqueeze(2).repeat(1, 1, structure.hc, 1)
-        else:
-            streams = embedding.unsqueeze(2).expand(-1, -1, structure.hc, -1).contiguous()
-        return _pre(structure, streams, **parameters)
-
-    constants = {"sinkhorn_iters": structure.sinkhorn_iters}
-    return Trace(function, tensors, _SCALARS, _PARAMETERS, constants)
-
-
 def _end(structure: Structure) -> Trace:
     """The last sublayer's output into the streams, then the head that collapses them, then the final norm."""
 
@@ -281,17 +255,19 @@ _POST = ("output", "hidden_streams", "post", "comb")
 _PRE_OUT = ("new_post", "new_comb")
 
 
-def _pre_of_embedding(embedding, fn, *others, **options):
-    """The streams, which the sublayer's end needs, and hc_pre of the one that they all are."""
-    embedding = embedding.unsqueeze(-2)
-    streams = embedding.expand(*embedding.shape[:-2], fn.shape[1] // embedding.shape[-1], -1).contiguous()
-    return streams, *ops.hc_pre(embedding, fn, *others, **options)
+def _one_for_all(inputs: list[Node]) -> list[Node]:
+    """hc_pre's inputs; in place of streams that the graph makes by copying one, that one."""
+    streams, *weights = inputs
+    while streams.target is aten.clone.default:
+        streams = streams.args[0]
+    if streams.target in (aten.expand.default, aten.repeat.default):
+        one = streams.args[0]
+        shape, copied = one.meta["val"].shape, streams.meta["val"].shape
+        same = len(shape) == len(copied) and shape[-2] == 1 and statically_known_true(shape[-1] == copied[-1])
+        if same and all(statically_known_true(a == b) for a, b in zip(shape[:-2], copied[:-2], strict=True)):
+            return [one, *weights]
+    return inputs
 
-
-HC_PRE_OF_EMBEDDING = tuple(
-    Fusion("hc_pre", ("embedding", *_WEIGHTS, *norm), ("new_streams", *_PRE_OUT, out), _pre_of_embedding)
-    for norm, out in ((("norm_weight",), "normed"), ((), "collapsed"))
-)
 
 HC_POST_PRE = tuple(
     Fusion(
@@ -304,7 +280,7 @@ HC_POST_PRE = tuple(
     for norm, out in ((("norm_weight",), "normed"), ((), "collapsed"))
 )
 HC_PRE = tuple(
-    Fusion("hc_pre", ("new_streams", *_WEIGHTS, *norm), (*_PRE_OUT, out), ops.hc_pre)
+    Fusion("hc_pre", ("new_streams", *_WEIGHTS, *norm), (*_PRE_OUT, out), ops.hc_pre, simplify=_one_for_all)
     for norm, out in ((("norm_weight",), "normed"), ((), "collapsed"))
 )
 HC_POST_HEAD = tuple(
@@ -318,7 +294,6 @@ HC_HEAD = tuple(
 HC_POST = (Fusion("hc_post", _POST, ("new_streams",), ops.hc_post),)
 
 COMPUTATIONS = (
-    Computation(aten.exp.default, _first_sites, _beginning, HC_PRE_OF_EMBEDDING),
     Computation(aten.exp.default, _sinkhorn_sites, _boundary, (*HC_POST_PRE, *HC_PRE)),
     Computation(aten.sigmoid.default, _head_sites, _end, (*HC_POST_HEAD, *HC_HEAD)),
     Computation(aten.bmm.default, _post_sites, _end, HC_POST),

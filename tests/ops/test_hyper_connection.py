@@ -256,6 +256,7 @@ def test_the_next_implementation_is_taken_and_said_once(monkeypatch, caplog):
     monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: None)
     overloads = []
     monkeypatch.setattr(_library, "_preparers", {})
+    monkeypatch.setattr(_library, "operators", {})
     monkeypatch.setattr(_library._library, "define", lambda *a, **k: None)
     monkeypatch.setattr(_library._library, "impl", lambda name, function, key: overloads.append(function))
     monkeypatch.setattr(torch.library, "register_fake", lambda *a, **k: None)
@@ -318,6 +319,7 @@ def test_what_was_prepared_begins_to_compile_with_the_first_call(monkeypatch):
             prepared.append((x, eps))
 
     monkeypatch.setattr(_library, "_preparers", {})
+    monkeypatch.setattr(_library, "operators", {})
     monkeypatch.setattr(_library._library, "define", lambda *a, **k: None)
     monkeypatch.setattr(_library._library, "impl", lambda *a: None)
     monkeypatch.setattr(torch.library, "register_fake", lambda *a, **k: None)
