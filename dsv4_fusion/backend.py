@@ -145,8 +145,10 @@ def _compile(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
+    from .ops._library import declare_to_inductor
     from .passes._manager import FusionPass
 
+    declare_to_inductor()
     kept = _specialize_module_floats(gm)
     if len(kept) < len(example_inputs):
         compiled = _compile(gm, [example_inputs[i] for i in kept], options, patches, on_report, run_graph)

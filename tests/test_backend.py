@@ -186,6 +186,15 @@ class Counting(CustomGraphPass):
         return "counting"
 
 
+def test_inductor_need_not_find_out_that_it_calls_the_operators_as_they_are(connection):
+    from torch._inductor.lowering import lowerings
+
+    with torch.no_grad():
+        torch.compile(connection, backend="dsv4_fusion")(STREAMS)
+    operators = [getattr(torch.ops.dsv4, name).default for name in dsv4_fusion.ops._library.operators]
+    assert operators and all(operator in lowerings for operator in operators)
+
+
 def test_the_users_own_pass_runs_too(connection, reports):
     Counting.calls = 0
     options = {"reference": True, "joint_custom_pre_pass": Counting()}

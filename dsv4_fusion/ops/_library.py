@@ -171,6 +171,19 @@ def _intercepted() -> bool:
     )
 
 
+def declare_to_inductor() -> None:
+    """Tell Inductor that it calls the operators as they are, which it would find out by itself at its first sight of
+    each. PyTorch 2.11 then prints all that the arguments are computed from, for a log that nobody reads: tens of
+    seconds in a real model.
+    """
+    from torch._inductor.lowering import constrain_to_fx_strides, lowerings, make_fallback
+
+    for name in operators:
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        if overload not in lowerings:
+            make_fallback(overload, constrain_to_fx_strides)
+
+
 def define(
     schema: str,
     *,

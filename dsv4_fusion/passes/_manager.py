@@ -67,12 +67,12 @@ class FusionPass(CustomGraphPass):
             own(graph)
         dump, patterns = Dump(self.options.dump_folder), list[Pattern]()
         dump.before(graph)
-        report, started = Report(nodes_before=len(graph.nodes), graphs=1), time.process_time()
+        report, started = Report(nodes_before=len(graph.nodes), graphs=1), time.thread_time()
         if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
             report.notes.append("a training graph was left alone: the operators have no backward; use torch.no_grad()")
         else:
             patterns = self.fuse(graph, report)
-        report.nodes_after, report.seconds = len(graph.nodes), time.process_time() - started
+        report.nodes_after, report.seconds = len(graph.nodes), time.thread_time() - started
         dump.after(graph, report, patterns)
         self.on_report(report)
         wanted = int(self.options.strict)
