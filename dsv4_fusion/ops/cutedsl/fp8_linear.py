@@ -1,0 +1,215 @@
+"""FP8 linear layers in CuTe DSL: the tile for a number of tokens, and the launch.
+
+The quantiser before it is Triton's; the product begins while that runs, and loads its weight meanwhile.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._library import compiling, layout, new
+from . import scaled_mm
+
+
+class Tile(NamedTuple):
+    """What a block computes; nothing of it changes a result."""
+
+    rows: int
+    columns: int
+    cluster: tuple[int, int]
+    loaded: int
+
+
+STAGED = 128  # rows of the tiles whose stages bring block scales
+FEW = 16  # tokens: with no more, no more rows are loaded
+CLOCKS = {  # of a stage, by rows and columns of a tile, measured on an H200
+    (64, 16): 180, (64, 32): 200, (64, 64): 265, (64, 128): 490,
+    (128, 64): 415, (128, 96): 630, (128, 128): 700, (128, 160): 835, (128, 192): 980,
+}  # fmt: skip
+
+
+@functools.cache
+def tile(rows: int, outputs: int, block: bool, processors: int) -> Tile:
+    """The one with which all are computed soonest, for so many rows of 64 tokens.
+
+    Tiles whose columns have more than one block scale are half as quick, and left out with ``block`` scales. Large
+    ones share the loads of w in pairs where scales are those of rows, which saves 5 %.
+    """
+
+    def clocks(one: tuple[int, int]) -> int:
+        blocks = -(-64 * rows // one[0]) * -(-outputs // one[1])
+        return -(-blocks // processors) * CLOCKS[one]
+
+    high, columns = min((one for one in CLOCKS if not block or 128 % one[1] == 0), key=clocks)
+    pairs = not block and high == 128 and columns >= 128 and rows > 2
+    return Tile(high, columns, (2, 1) if pairs else (1, 1), high)
+
+
+def tile_of(tokens: int, outputs: int, block: bool, processors: int) -> Tile:
+    """For a number of tokens."""
+    found = tile(-(-tokens // 64), outputs, block, processors)
+    return found._replace(loaded=FEW) if tokens <= FEW else found
+
+
+def table(tokens: int) -> list[Tile]:
+    """Every tile that such a number of tokens could have."""
+    return [Tile(high, columns, (1, 1), FEW if tokens <= FEW and high == 64 else high) for high, columns in CLOCKS]
+
+
+def tiles(outputs: int, block: bool, processors: int) -> set[Tile]:
+    """All that a weight may need."""
+    return {tile_of(tokens, outputs, block, processors) for tokens in (1, *range(64, 16385, 64))}
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _unread(device: torch.device) -> Tensor:
+    """What stands for a bias where there is none."""
+    return torch.empty(1, device=device)
+
+
+@functools.cache
+def _begin(*key):
+    return compiling().submit(scaled_mm.build, *key)
+
+
+def _plain(dtype: torch.dtype) -> torch.dtype:
+    return torch.uint8 if dtype == torch.float8_e8m0fnu else dtype
+
+
+def is_block(wq: Tensor, w_scale: Tensor) -> bool:
+    return w_scale.dim() == 2 and w_scale.shape[0] != wq.shape[0]
+
+
+def _matrix(x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """What makes of a tensor like this [..., K] the matrix [M, K] that is loaded; None if it is that already."""
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    if (rows.data_ptr() | rows.stride(0)) % 16 and rows.shape[0]:
+        return lambda x: x.reshape(-1, k).clone(memory_format=torch.contiguous_format)
+    return None if x.dim() == 2 else lambda x: x.reshape(-1, k)
+
+
+def _upright(scale: Tensor) -> Tensor:
+    """Block scales [M, G] with those of a group next to each other, at a multiple of 16 bytes."""
+    m, groups = scale.shape
+    return scale.new_empty(groups, -(-m // 4) * 4).t()[:m].copy_(scale)
+
+
+def _scale(scale: Tensor, block: bool, staged: bool, count: int) -> Callable[[Tensor], Tensor] | None:
+    """The same for scales: a vector with one for each of ``count`` rows, or a matrix."""
+    byte = scale.dtype == torch.float8_e8m0fnu
+    if staged:
+        stands = scale.dim() == 2 and scale.stride(0) == 1 and scale.stride(1) % 4 == 0 and scale.data_ptr() % 16 == 0
+        return None if stands else lambda scale: _upright(scale.reshape(-1, scale.shape[-1]))
+    if block and scale.dim() == 2:
+        return (lambda scale: scale.view(torch.uint8)) if byte else None
+
+    def fix(scale: Tensor) -> Tensor:
+        scale = scale.view(torch.uint8) if byte else scale
+        if block:
+            return scale.reshape(-1, scale.shape[-1])
+        scale = scale.reshape(-1)
+        return scale.expand(count) if scale.shape[0] == 1 and count != 1 else scale
+
+    return fix
+
+
+class Product:
+    """``dsv4::scaled_mm_fp8``, called as its public function without ``implementation``.
+
+    Args:
+        dependent: as in :class:`scaled_mm.ScaledMM`.
+    """
+
+    def __init__(self, dependent: bool = False) -> None:
+        self.dependent = dependent
+
+    def __call__(self, *tensors, **options):
+        return self.bind(*tensors, **options)(*tensors)
+
+    def key(
+        self, one: Tile, wq: Tensor, x_scale: torch.dtype, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> tuple:
+        """Of a program: what it is compiled for."""
+        scales, block = (_plain(x_scale), _plain(w_scale.dtype)), is_block(wq, w_scale)
+        staged = block and one.rows == STAGED and scales[0] == torch.float32
+        return *one, block, scales, None if bias is None else bias.dtype, dtype, staged, self.dependent
+
+    def prepare(self, xq, wq, x_scale, w_scale, bias=None, *, out_dtype=torch.bfloat16, **_) -> None:
+        """Begin to compile what any number of tokens will need; the tensors may be fake."""
+        for one in tiles(wq.shape[0], is_block(wq, w_scale), _processors(wq.device)):
+            _begin(*self.key(one, wq, x_scale.dtype, w_scale, bias, out_dtype))
+
+    def bind(self, xq, wq, x_scale, w_scale, bias=None, *, out_dtype=torch.bfloat16, **_) -> Callable[..., Tensor]:
+        """A function that does this for tensors with the same metadata."""
+        device, n, tokens = xq.device, wq.shape[0], math.prod(xq.shape[:-1])
+        result = layout((*xq.shape[:-1], n), out_dtype)
+        if tokens == 0:
+            return lambda *_, **__: new(result, device)
+        block, processors = is_block(wq, w_scale), _processors(device)
+        key = self.key(tile_of(tokens, n, block, processors), wq, x_scale.dtype, w_scale, bias, out_dtype)
+        kernel, staged = _begin(*key).result(), key[-2]
+        fixes = (_matrix(xq), _matrix(wq), _scale(x_scale, block, staged, tokens), _scale(w_scale, block, False, n))
+        fixes = [(index, fix) for index, fix in enumerate(fixes) if fix is not None]
+        flat = layout((tokens, n), out_dtype)
+        lead = None if xq.dim() == 2 else result[0]
+        no_bias = _unread(device)
+
+        def launch(xq, wq, x_scale, w_scale, bias=None, **_) -> Tensor:
+            given = [xq, wq, x_scale, w_scale]
+            for index, fix in fixes:
+                given[index] = fix(given[index])
+            out = new(flat, device)
+            kernel(*given, no_bias if bias is None else bias, out, processors, 1.0)
+            return out if lead is None else out.view(lead)
+
+        return launch
+
+
+scaled_mm_fp8 = Product()
+
+
+class Linear:
+    """``dsv4::fp8_linear``: the quantiser, and the product that begins while it runs."""
+
+    product = Product(dependent=True)
+
+    def __call__(self, *tensors, **options):
+        return self.bind(*tensors, **options)(*tensors)
+
+    def prepare(self, x, wq, w_scale, bias=None, *, out_dtype=None, **_) -> None:
+        for one in tiles(wq.shape[0], is_block(wq, w_scale), _processors(wq.device)):
+            _begin(*self.product.key(one, wq, torch.float32, w_scale, bias, out_dtype or x.dtype))
+
+    def bind(
+        self, x, wq, w_scale, bias=None, *,
+        scaling=None, scale_rounding="none", amax_floor=1e-4, out_dtype=None, **_,
+    ) -> Callable[..., Tensor]:  # fmt: skip
+        from ..triton.fp8_linear import quantise_rows
+
+        scaling = scaling or ("block" if is_block(wq, w_scale) else "token")
+        product = self.product if scaling != "tensor" else scaled_mm_fp8  # whose two launches are not waited for
+        chosen = tile_of(math.prod(x.shape[:-1]), wq.shape[0], is_block(wq, w_scale), _processors(x.device))
+        quantise = (scaling, scale_rounding, amax_floor, product.dependent, chosen.rows == STAGED)
+        xq, x_scale = quantise_rows(x, *quantise)
+        multiply = product.bind(xq, wq, x_scale, w_scale, bias, out_dtype=out_dtype or x.dtype)
+
+        def launch(x, wq, w_scale, bias=None, **_) -> Tensor:
+            xq, x_scale = quantise_rows(x, *quantise)
+            return multiply(xq, wq, x_scale, w_scale, bias)
+
+        return launch
+
+
+fp8_linear = Linear()

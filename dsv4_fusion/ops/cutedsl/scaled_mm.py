@@ -1,0 +1,523 @@
+"""FP8 matrix product with scales, on SM90: TMA, WGMMA, warp-specialised, persistent, the same bits for every batch.
+
+What decides the bits of an output is the order in which its K terms are added, and that order is fixed here: 128 of
+them in the tensor core, from zero, and the sums of 128 in fp32 registers, in increasing k. Neither the tile nor the
+place of a row in it enters, so tiles may follow M. (The tensor core keeps fewer than 24 bits of a sum, which is why
+no more than 128 terms stay in it.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+import torch
+from cutlass import Float32, Int32, Uint32, pipeline
+from cutlass.cute.nvgpu import cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
+
+from . import launch, ptx
+
+STEP = 128  # k of a stage, and of a promotion
+GROUP = 128  # threads of a warpgroup
+SHARED = 227 * 1024
+BARRIERS = 1024  # bytes kept for them
+OVERLAP = 64  # columns
+WIDE = 8  # n tiles that are walked together, so that both operands stay in L2
+
+
+class ScaledMM:
+    """The kernel for one tile: out[m, n] = Σ_k x[m, k] w[n, k], scaled, plus bias.
+
+    Args:
+        rows: of x in a tile, 64 for each consumer warpgroup: 64 or 128.
+        columns: of the output in a tile: 16, or a multiple of 32 up to 192.
+        cluster: blocks that share loads, along m (they share w) and along n (they share x).
+        loaded: rows of x that are loaded, where M has no more; the others of a tile are left as they are in shared
+            memory, and what comes of them is not stored.
+        blockwise: scales of 1×128 blocks of x and 128×128 blocks of w; otherwise of rows of x and of w.
+        bias: whether there is one.
+        staged: block scales of x come with the stages; their rows are then contiguous, columns begin at multiples of 16
+            bytes, and they are fp32.
+        dependent: it may begin before the kernel that makes x and x_scale has ended, and waits for that one; w, its
+            scales and the bias have to be there by then.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        cluster: tuple[int, int],
+        loaded: int,
+        blockwise: bool,
+        bias: bool,
+        staged: bool,
+        dependent: bool,
+    ) -> None:
+        self.rows, self.columns, self.cluster, self.loaded = rows, columns, cluster, loaded
+        self.blockwise, self.bias, self.staged, self.dependent = blockwise, bias, staged, dependent
+        self.span = columns if 128 % columns == 0 else math.gcd(columns, 128)  # columns with one block scale of w
+        self.overlap = columns <= OVERLAP  # a second accumulator costs few registers, and hides a stage's latency
+        self.consumers = rows // 64
+        self.threads = (1 + self.consumers) * GROUP
+        self.piece = columns if columns < 32 else 32 if columns % 64 else 64  # columns of one store
+        self.pieces = columns // self.piece
+        shared = SHARED - BARRIERS - rows * columns * 2
+        self.loaded_bytes = (loaded + columns) * STEP + (4 * rows if staged else 0)
+        self.stages = min(shared // ((rows + columns) * STEP + (4 * rows if staged else 0)), 16)
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Tensor,
+        w: cute.Tensor,
+        x_scale: cute.Tensor,
+        w_scale: cute.Tensor,
+        bias: cute.Tensor,
+        out: cute.Tensor,
+        processors: Int32,
+        one: Float32,
+        stream: cuda.CUstream,
+    ):
+        row_major = LayoutEnum.ROW_MAJOR
+        x_layout = self._operand_layout(x.element_type, self.rows)
+        w_layout = self._operand_layout(w.element_type, self.columns)
+        atom = sm90.get_smem_layout_atom(row_major, out.element_type, self.piece)
+        out_layout = cute.tile_to_shape(
+            warpgroup.make_smem_layout_atom(atom, out.element_type),
+            (64, self.piece, self.consumers * self.pieces),
+            order=(0, 1, 2),
+        )
+        tma_x, x_tma = self._loads(x, self._operand_layout(x.element_type, self.loaded), self.loaded, self.cluster[1])
+        tma_w, w_tma = self._loads(w, w_layout, self.columns, self.cluster[0])
+        s_layout = cute.make_layout((self.rows, 1, self.stages), stride=(1, self.rows, self.rows))
+        tma_s, s_tma = None, None
+        if cutlass.const_expr(self.staged):
+            tma_s, s_tma = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileG2SOp(), x_scale, cute.slice_(s_layout, (None, None, 0)), (self.rows, 1)
+            )
+        tma_out, out_tma = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(), out, cute.slice_(out_layout, (None, None, 0)), (64, self.piece)
+        )
+        down, across = self.rows * self.cluster[0], self.columns * self.cluster[1]
+        m_tiles, n_tiles = (out.shape[0] + down - 1) // down, (out.shape[1] + across - 1) // across
+        size = self.cluster[0] * self.cluster[1]
+        clusters = cutlass.min(m_tiles * n_tiles, processors // size)
+
+        @cute.struct
+        class Shared:
+            barriers: cute.struct.MemRange[cutlass.Int64, self.stages * 2]
+            tile_x: cute.struct.Align[cute.struct.MemRange[x.element_type, cute.cosize(x_layout)], 1024]
+            tile_w: cute.struct.Align[cute.struct.MemRange[w.element_type, cute.cosize(w_layout)], 1024]
+            tile_s: cute.struct.Align[cute.struct.MemRange[Float32, self.stages * self.rows if self.staged else 1], 128]
+            tile_out: cute.struct.Align[cute.struct.MemRange[out.element_type, cute.cosize(out_layout)], 1024]
+
+        self.shared, self.dtype = Shared, out.element_type
+        self.kernel(
+            tma_x, x_tma, tma_w, w_tma, tma_s, s_tma, tma_out, out_tma, x_scale, w_scale, bias,
+            x_layout, w_layout, s_layout, out_layout, m_tiles, n_tiles, one,
+        ).launch(
+            grid=[clusters * size, 1, 1],
+            block=[self.threads, 1, 1],
+            cluster=[size, 1, 1],
+            min_blocks_per_mp=1,
+            use_pdl=self.dependent,
+            stream=stream,
+        )  # fmt: skip
+
+    def _mma(self):
+        fp8, major = cutlass.Float8E4M3FN, LayoutEnum.ROW_MAJOR.sm90_mma_major_mode()
+        return sm90.make_trivial_tiled_mma(fp8, fp8, major, major, Float32, (1, 1, 1), (64, self.columns))
+
+    def _operand_layout(self, dtype, extent: int):
+        atom = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, STEP)
+        return cute.tile_to_shape(
+            warpgroup.make_smem_layout_atom(atom, dtype), (extent, STEP, self.stages), order=(0, 1, 2)
+        )
+
+    def _loads(self, tensor, layout, extent: int, sharers: int):
+        op = cpasync.CopyBulkTensorTileG2SOp() if sharers == 1 else cpasync.CopyBulkTensorTileG2SMulticastOp()
+        one = cute.slice_(layout, (None, None, 0))
+        return cpasync.make_tiled_tma_atom(op, tensor, one, (extent, STEP), num_multicast=sharers)
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_x: cute.CopyAtom,
+        x: cute.Tensor,
+        tma_w: cute.CopyAtom,
+        w: cute.Tensor,
+        tma_s: cute.CopyAtom | None,
+        s: cute.Tensor | None,
+        tma_out: cute.CopyAtom,
+        out: cute.Tensor,
+        x_scale: cute.Tensor,
+        w_scale: cute.Tensor,
+        bias: cute.Tensor,
+        x_layout: cute.ComposedLayout,
+        w_layout: cute.ComposedLayout,
+        s_layout: cute.Layout,
+        out_layout: cute.ComposedLayout,
+        m_tiles: Int32,
+        n_tiles: Int32,
+        one: Float32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        group = cute.arch.make_warp_uniform(thread // GROUP)
+        if warp_index == 0:
+            cpasync.prefetch_descriptor(tma_x)
+            cpasync.prefetch_descriptor(tma_w)
+            cpasync.prefetch_descriptor(tma_out)
+
+        size = self.cluster[0] * self.cluster[1]
+        cluster_layout = cute.make_layout((*self.cluster, 1))
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        at = cluster_layout.get_flat_coord(rank)
+        x_mask, w_mask = 0, 0
+        if cutlass.const_expr(self.cluster[1] > 1):
+            x_mask = cute.make_layout_image_mask(cluster_layout, at, mode=1)
+        if cutlass.const_expr(self.cluster[0] > 1):
+            w_mask = cute.make_layout_image_mask(cluster_layout, at, mode=0)
+
+        storage = SmemAllocator().allocate(self.shared)
+        consumers = (self.cluster[0] + self.cluster[1] - 1) * self.consumers * 4
+        stages = pipeline.PipelineTmaAsync.create(
+            barrier_storage=storage.barriers.data_ptr(),
+            num_stages=self.stages,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumers),
+            tx_count=self.loaded_bytes,
+            cta_layout_vmnk=cute.make_layout((1, *self.cluster, 1)),
+            defer_sync=True,
+        )
+        pipeline.pipeline_init_arrive(cluster_shape_mn=self.cluster, is_relaxed=True)
+
+        s_x = storage.tile_x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
+        s_w = storage.tile_w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
+        s_out = storage.tile_out.get_tensor(out_layout.outer, swizzle=out_layout.inner)
+        if cutlass.const_expr(self.loaded < self.rows):
+            t_x = cute.local_tile(s_x, (self.loaded, STEP, self.stages), (0, 0, 0))
+        else:
+            t_x = s_x
+        g_x = cute.local_tile(x, (self.loaded, STEP), (None, None))
+        g_w = cute.local_tile(w, (self.columns, STEP), (None, None))
+        g_out = cute.local_tile(out, (64, self.piece), (None, None))
+        to_x, from_x = cpasync.tma_partition(
+            tma_x, at[1], cute.make_layout(self.cluster[1]), cute.group_modes(t_x, 0, 2), cute.group_modes(g_x, 0, 2)
+        )
+        to_w, from_w = cpasync.tma_partition(
+            tma_w, at[0], cute.make_layout(self.cluster[0]), cute.group_modes(s_w, 0, 2), cute.group_modes(g_w, 0, 2)
+        )
+        from_out, to_out = cpasync.tma_partition(
+            tma_out, 0, cute.make_layout(1), cute.group_modes(s_out, 0, 2), cute.group_modes(g_out, 0, 2)
+        )
+        s_s, to_s, from_s = None, None, None
+        if cutlass.const_expr(self.staged):
+            s_s = storage.tile_s.get_tensor(s_layout)
+            g_s = cute.local_tile(s, (self.rows, 1), (None, None))
+            to_s, from_s = cpasync.tma_partition(
+                tma_s, 0, cute.make_layout(1), cute.group_modes(s_s, 0, 2), cute.group_modes(g_s, 0, 2)
+            )
+        steps = cute.size(g_x, mode=[3])
+        tiles = m_tiles * n_tiles
+        first, apart = block // size, blocks // size
+
+        pipeline.pipeline_init_wait(cluster_shape_mn=self.cluster)
+
+        if group == 0:
+            if cutlass.const_expr(self.consumers > 1):
+                cute.arch.setmaxregister_decrease(40)
+            if warp_index == 0:
+                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
+                m, n = self._place(first, m_tiles, n_tiles, at)
+                begun = Int32(0)
+                if cutlass.const_expr(self.dependent):
+                    # w is there already: as many stages of it as there are, then what has to be waited for
+                    begun = cutlass.min(steps, Int32(self.stages))
+                    early = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
+                    for step in cutlass.range(begun):
+                        stages.producer_acquire(early)
+                        barrier = stages.producer_get_barrier(early)
+                        cute.copy(
+                            tma_w, from_w[(None, n, step)], to_w[(None, early.index)],
+                            tma_bar_ptr=barrier, mcast_mask=w_mask,
+                        )  # fmt: skip
+                        early.advance()
+                    cute.arch.griddepcontrol_wait()
+                    for step in cutlass.range(begun):
+                        cute.copy(
+                            tma_x, from_x[(None, m, step)], to_x[(None, state.index)],
+                            tma_bar_ptr=stages.producer_get_barrier(state), mcast_mask=x_mask,
+                        )  # fmt: skip
+                        if cutlass.const_expr(self.staged):
+                            cute.copy(
+                                tma_s, from_s[(None, m, step)], to_s[(None, state.index)],
+                                tma_bar_ptr=stages.producer_get_barrier(state),
+                            )  # fmt: skip
+                        state.advance()
+                for tile in cutlass.range(first, tiles, apart):
+                    m, n = self._place(tile, m_tiles, n_tiles, at)
+                    for step in cutlass.range(begun, steps):
+                        stages.producer_acquire(state)
+                        barrier = stages.producer_get_barrier(state)
+                        cute.copy(
+                            tma_x, from_x[(None, m, step)], to_x[(None, state.index)],
+                            tma_bar_ptr=barrier, mcast_mask=x_mask,
+                        )  # fmt: skip
+                        cute.copy(
+                            tma_w, from_w[(None, n, step)], to_w[(None, state.index)],
+                            tma_bar_ptr=barrier, mcast_mask=w_mask,
+                        )  # fmt: skip
+                        if cutlass.const_expr(self.staged):
+                            cute.copy(tma_s, from_s[(None, m, step)], to_s[(None, state.index)], tma_bar_ptr=barrier)
+                        state.advance()
+                    begun = Int32(0)
+                stages.producer_tail(state)
+        else:
+            if cutlass.const_expr(self.consumers > 1):
+                cute.arch.setmaxregister_increase(232)
+            if cutlass.const_expr(self.dependent):
+                cute.arch.griddepcontrol_wait()
+            consumer = group - 1
+            thread = thread % GROUP
+            tiled_mma = self._mma()
+            slice_ = tiled_mma.get_slice(0)
+            a = tiled_mma.make_fragment_A(slice_.partition_A(s_x))
+            own = a[(None, consumer, None, None)]  # the 64 rows of this warpgroup
+            (value, *others), (stride, *strides) = own.shape, own.stride
+            a = cute.make_tensor(own.iterator, cute.make_layout((value, 1, *others), stride=(stride, 0, *strides)))
+            b = tiled_mma.make_fragment_B(slice_.partition_B(s_w))
+            shape = tiled_mma.partition_shape_C((64, self.columns))
+            total, sums, others = [cute.make_rmem_tensor(shape, Float32) for _ in range(3)]
+            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+            ahead = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+
+            store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
+            by_matrix = cute.make_tiled_copy_C_atom(store, tiled_mma)
+            to_shared = cute.make_tiled_copy_S(store, by_matrix)
+            d_out = to_shared.get_slice(thread).partition_D(s_out)
+            result = cute.make_rmem_tensor(shape, self.dtype)
+            pieces = to_shared.retile(result)
+            part = cute.make_rmem_tensor(cute.shape(d_out)[:3], self.dtype)
+
+            for tile in cutlass.range(first, tiles, apart):
+                m, n = self._place(tile, m_tiles, n_tiles, at)
+                row = m * self.rows + consumer * 64 + (thread // 32) * 16 + (thread % 32) // 4
+                column = n * self.columns + 2 * (thread % 4)
+                total.fill(0.0)
+                where = (x_scale, w_scale, s_s, one, out.shape, row, column, row - m * self.rows)
+                factors, down = None, None
+                if cutlass.const_expr(not self.blockwise):
+                    down = [_real(x_scale[cutlass.min(row + 8 * i, out.shape[0] - 1)]) for i in range(2)]
+                if cutlass.const_expr(not self.blockwise and self.columns <= 128):  # beyond it, registers are short
+                    factors = self._columns(w_scale, out.shape[1], column)
+                if cutlass.const_expr(self.overlap):
+                    self._multiply(stages, ahead, a, b, sums)
+                    scales = self._scales(where, Int32(0), ahead.index)
+                    ahead.advance()
+                    for pair in cutlass.range((steps - 1) // 2):
+                        self._multiply(stages, ahead, a, b, others)
+                        more = self._scales(where, 2 * pair + 1, ahead.index)
+                        ahead.advance()
+                        warpgroup.wait_group(1)
+                        stages.consumer_release(state)
+                        state.advance()
+                        self._promote(total, sums, scales)
+                        self._multiply(stages, ahead, a, b, sums)
+                        scales = self._scales(where, 2 * pair + 2, ahead.index)
+                        ahead.advance()
+                        warpgroup.wait_group(1)
+                        stages.consumer_release(state)
+                        state.advance()
+                        self._promote(total, others, more)
+                    if steps % 2 == 0:
+                        self._multiply(stages, ahead, a, b, others)
+                        more = self._scales(where, steps - 1, ahead.index)
+                        ahead.advance()
+                        warpgroup.wait_group(1)
+                        stages.consumer_release(state)
+                        state.advance()
+                        self._promote(total, sums, scales)
+                        warpgroup.wait_group(0)
+                        stages.consumer_release(state)
+                        state.advance()
+                        self._promote(total, others, more)
+                    else:
+                        warpgroup.wait_group(0)
+                        stages.consumer_release(state)
+                        state.advance()
+                        self._promote(total, sums, scales)
+                elif cutlass.const_expr(self.staged or not self.blockwise):
+                    for step in cutlass.range(steps):
+                        self._multiply(stages, state, a, b, sums)
+                        scales = self._scales(where, step, state.index)
+                        warpgroup.wait_group(0)
+                        stages.consumer_release(state)
+                        state.advance()
+                        self._promote(total, sums, scales)
+                else:  # those of the next stage, whose way is longer
+                    scales = self._scales(where, Int32(0), None)
+                    for step in cutlass.range(steps):
+                        more = self._scales(where, cutlass.min(step + 1, steps - 1), None)
+                        self._multiply(stages, state, a, b, sums)
+                        warpgroup.wait_group(0)
+                        stages.consumer_release(state)
+                        state.advance()
+                        self._promote(total, sums, scales)
+                        scales = more
+
+                if cutlass.const_expr(not self.blockwise and self.columns > 128):
+                    factors = self._columns(w_scale, out.shape[1], column)
+                terms = None
+                if cutlass.const_expr(self.bias):
+                    terms = self._columns(bias, out.shape[1], column)
+                self._finish(total, down, factors, terms)
+                result.store(total.load().to(self.dtype))
+                # The store of the tile before has to have read shared memory
+                if warp_index % 4 == 0:
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=GROUP)
+                for piece in cutlass.range_constexpr(self.pieces):
+                    for value in cutlass.range_constexpr(cute.size(part)):
+                        part[value] = pieces[piece * cute.size(part) + value]
+                    cute.copy(to_shared, part, d_out[(None, None, None, consumer * self.pieces + piece)])
+                cute.arch.fence_proxy("async.shared", space="cta")
+                cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=GROUP)
+                if warp_index % 4 == 0:
+                    for piece in cutlass.range_constexpr(self.pieces):
+                        cute.copy(
+                            tma_out,
+                            from_out[(None, consumer * self.pieces + piece)],
+                            to_out[(None, m * self.consumers + consumer, n * self.pieces + piece)],
+                        )
+                    cute.arch.cp_async_bulk_commit_group()
+            if warp_index % 4 == 0:
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def _place(self, tile, m_tiles, n_tiles, at):
+        """This block's tile of m and of n: ``WIDE`` n tiles beside each other, all m tiles down, then the next."""
+        band = tile // (WIDE * m_tiles)
+        inside = tile % (WIDE * m_tiles)
+        width = cutlass.min(n_tiles - band * WIDE, WIDE)
+        m, n = inside // width, band * WIDE + inside % width
+        return m * self.cluster[0] + at[0], n * self.cluster[1] + at[1]
+
+    def _multiply(self, stages, state, a, b, accumulator) -> None:
+        """One stage into ``accumulator``, which begins from zero; in flight on return."""
+        stages.consumer_wait(state)
+        warpgroup.fence()
+        tiled_mma = self._mma()
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, False)
+        for k in range(STEP // 32):
+            left, right = a[(None, None, k, state.index)], b[(None, None, k, state.index)]
+            cute.gemm(tiled_mma, accumulator, left, right, accumulator)
+            tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    def _scales(self, where, step, index):
+        """Of a stage: those of x for this thread's two rows and of w's blocks; with scales of rows, one."""
+        x_scale, w_scale, s_s, one, (m, n), row, column, own = where
+        if not self.blockwise:
+            return [one]
+        if self.staged:
+            rows = [s_s[own + 8 * i, 0, index] for i in range(2)]
+        else:
+            rows = [_raw(x_scale[cutlass.min(row + 8 * i, m - 1), step]) for i in range(2)]
+        blocks = [cutlass.min(column + i, n - 1) // 128 for i in range(0, self.columns, self.span)]
+        return rows + [_raw(w_scale[block, step]) for block in blocks]
+
+    def _promote(self, total, accumulator, scales) -> None:
+        """``total += accumulator``, scaled where scales are those of blocks.
+
+        With two accumulators the assembler keeps both in flight if what reads them is a multiply-add: by one.
+        """
+        if self.blockwise:
+            factors = [[_real(row) * _real(block) for row in scales[:2]] for block in scales[2:]]
+        for i in range(self.columns // 2):
+            term = accumulator[i]
+            if self.blockwise:
+                term = term * factors[i // 4 * 8 // self.span][i // 2 % 2]
+            elif self.overlap:
+                term = term * scales[0]
+            total[i] = total[i] + term
+
+    def _finish(self, total, rows, columns, terms) -> None:
+        """Scales of rows, and the bias."""
+        for i in range(self.columns // 2):
+            at = i // 4 * 2 + i % 2
+            if columns is not None:
+                total[i] = total[i] * rows[i // 2 % 2] * columns[at]
+            if terms is not None:
+                total[i] = total[i] + terms[at]
+
+    def _columns(self, values, n, column):
+        """This thread's ones of a vector of N."""
+        return [
+            _real(values[cutlass.min(column + 8 * i + j, n - 1)]) for i in range(self.columns // 8) for j in range(2)
+        ]
+
+
+def _raw(value):
+    """What is loaded, without an instruction that waits for it."""
+    return value.to(Uint32) if value.dtype == cutlass.Uint8 else value
+
+
+def _real(value):
+    """As fp32; a byte, and what :func:`_raw` makes of it, is a UE8M0 scale."""
+    exponent = _raw(value)
+    if exponent.dtype != Uint32:
+        return value.to(Float32)
+    power = ptx.select(exponent == 0, Uint32(1 << 22), exponent << 23)
+    return ptx.real(ptx.select(exponent == 255, Uint32(0x7FC00000), power))
+
+
+def build(
+    rows: int,
+    columns: int,
+    cluster: tuple[int, int],
+    loaded: int,
+    blockwise: bool,
+    scales: tuple[torch.dtype, torch.dtype],
+    bias: torch.dtype | None,
+    dtype: torch.dtype,
+    staged: bool = False,
+    dependent: bool = False,
+    arch: str = "",
+    options: str = "",
+):
+    """A compiled :class:`ScaledMM`: of x, w, their scales, the bias, the output, the number of processors and 1.0.
+
+    Args:
+        rows, columns, cluster, loaded, blockwise, staged, dependent: as there.
+        scales: dtypes of those of x and w: fp32, or uint8 for UE8M0.
+        bias: its dtype, or None without one: any vector is then given in its place, and is not read.
+        dtype: of the output.
+        arch, options: for the compiler.
+    """
+    m, n, k = launch.symbol(), launch.symbol(16), launch.symbol(16)
+    fp8 = torch.float8_e4m3fn
+    if blockwise:
+        groups = launch.symbol()
+        shapes = (m, groups), (launch.symbol(), groups)
+    else:
+        shapes = (m,), (n,)
+    return launch.compiled(
+        ScaledMM(rows, columns, cluster, loaded, blockwise, bias is not None, staged, dependent),
+        launch.tensor(fp8, m, k, row=16, align=16),
+        launch.tensor(fp8, n, k, row=16, align=16),
+        launch.upright(scales[0], *shapes[0]) if staged else launch.strided(scales[0], *shapes[0]),
+        launch.strided(scales[1], *shapes[1]),
+        launch.strided(bias or torch.float32, n if bias else launch.symbol()),
+        launch.tensor(dtype, m, n, row=8, align=16),
+        Int32(0),
+        Float32(1.0),
+        arch=arch,
+        options=options,
+    )

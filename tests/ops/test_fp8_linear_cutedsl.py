@@ -1,0 +1,75 @@
+"""The CuTe DSL product without a GPU: every tile compiles for sm_90a, and every number of tokens gets one of few."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass")
+pytest.importorskip("tvm_ffi")
+pytest.importorskip("triton")  # its wheel has the disassembler
+
+import triton
+
+from dsv4_fusion.ops.cutedsl import fp8_linear, scaled_mm
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+FP32, BYTE, BF16, FP16 = torch.float32, torch.uint8, torch.bfloat16, torch.float16
+OUTPUTS = (16, 1536, 4096, 8192, 32768)
+SMS = 132
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_a_weight_has_few_tiles(block):
+    for outputs in OUTPUTS:
+        found = {fp8_linear.tile_of(tokens, outputs, block, SMS) for tokens in range(1, 16385)}
+        assert found == fp8_linear.tiles(outputs, block, SMS)
+        assert len(found) <= 10
+        assert not block or all(128 % tile.columns == 0 for tile in found)
+
+
+def test_small_products_fill_the_processors_once():
+    for outputs, columns in ((1536, 16), (4096, 32), (8192, 64), (32768, 128)):
+        assert fp8_linear.tile_of(1, outputs, False, SMS) == fp8_linear.Tile(64, columns, (1, 1), 16)
+        assert fp8_linear.tile_of(64, outputs, True, SMS) == fp8_linear.Tile(64, columns, (1, 1), 64)
+    assert fp8_linear.tile_of(1024, 1536, False, SMS) == fp8_linear.Tile(128, 96, (1, 1), 128)
+    assert fp8_linear.tile_of(4096, 4096, False, SMS) == LARGE
+    assert fp8_linear.tile_of(4096, 4096, True, SMS) == LARGE._replace(cluster=(1, 1))
+
+
+LARGE = fp8_linear.Tile(128, 128, (2, 1), 128)
+VARIANTS = [
+    (fp8_linear.Tile(64, 16, (1, 1), 16), False, (FP32, FP32), None, BF16, False, True),
+    (fp8_linear.Tile(64, 32, (1, 1), 64), False, (FP32, FP32), BF16, FP16),
+    (fp8_linear.Tile(64, 64, (1, 1), 64), True, (BYTE, BYTE), FP32, BF16),
+    (fp8_linear.Tile(64, 128, (1, 1), 64), True, (FP32, FP32), None, BF16, False, True),
+    (fp8_linear.Tile(128, 64, (1, 1), 128), False, (BYTE, FP32), None, BF16),
+    (LARGE, False, (FP32, FP32), BF16, BF16),
+    (LARGE._replace(cluster=(1, 1)), True, (FP32, FP32), None, BF16, True, True),
+    (fp8_linear.Tile(128, 96, (1, 1), 128), True, (BYTE, BYTE), None, BF16),
+    (fp8_linear.Tile(128, 160, (1, 1), 128), True, (FP32, FP32), BF16, BF16, True),
+    (fp8_linear.Tile(128, 192, (1, 1), 128), False, (FP32, FP32), None, FP16),
+    (fp8_linear.Tile(128, 192, (1, 1), 128), True, (FP32, FP32), None, BF16, True, True),
+]
+
+
+@pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda variant: f"{variant[0].rows}x{variant[0].columns}-{variant[1:]}"
+)
+def test_compiles_for_sm90(variant, tmp_path):
+    """Four matrix instructions a stage, waited for together, and no register spilled."""
+    tile, *rest = variant
+    options = f"--keep-cubin --dump-dir {tmp_path}"
+    scaled_mm.build(*tile, *rest, arch="sm_90a", options=options)
+    (cubin,) = tmp_path.glob("*.cubin")
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    assert "STACK:0" in usage.stdout + usage.stderr
+    sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    copies = 4 if tile.columns <= scaled_mm.OVERLAP else 1  # of the stage's code, where two are in flight
+    assert sass.count("QGMMA") == 4 * copies
+    assert sass.count("WARPGROUP.DEPBAR") == copies + (copies > 1)
+    assert not re.search(r"\b(STL|LDL)\b", sass)
