@@ -7,7 +7,8 @@ Three forms of it are known:
   which is exact; FP8 is multiplied as it is, with the scales in the weights. Both are powers of two, and nothing else
   is rounded differently: the scores keep their bits.
 - what engines call before a scoring kernel of theirs: the operators' own references.
-- Hugging Face's model, which quantises nothing: recognised, and left alone.
+- Hugging Face's model, which quantises nothing: what ``indexer_scores.py`` does not match is recognised here, and left
+  alone.
 """
 
 from __future__ import annotations
@@ -280,10 +281,10 @@ def _hugging_face(structure: Queries) -> Trace:
 
 def _hugging_face_sites(node: Node) -> Iterator[Queries]:
     """``node`` is the relu of fp32 scores [B, S, H, E]."""
-    value, product = node.meta["val"], _nearest(node, _is(aten.bmm.default), 4)
+    value, product = node.meta["val"], _nearest(node, _is(aten.bmm.default), 12)
     if _modeling() is None or product is None or value.dim() != 4 or not isinstance(value.shape[2], int):
         return
-    joined = _nearest(product.args[0], _is(aten.cat.default), 16)
+    joined = _nearest(product.args[0], _is(aten.cat.default), 32)
     if joined is not None and isinstance(joined.args[0][-1], Node):  # the dims that are not rotated, those that are
         d, rope = joined.meta["val"].shape[-1], joined.args[0][-1].meta["val"].shape[-1]
         dtype, single = joined.meta["val"].dtype, _single(value)
@@ -317,8 +318,7 @@ HUGGING_FACE = (
         ("q", "cos", "sin", "k", "weights"),
         ("score",),
         _fused_score,
-        left_alone="nothing is quantised here, so there is nothing to fuse that keeps the numbers; "
-        "a fusion of the scores is not available yet",
+        left_alone="nothing is quantised here, and indexer_topk takes bf16 heads of 64 or 128 dims, up to the choice",
     ),
 )
 _KEY = Computation(aten.amax.default, lambda node: (), _deepseek_key, (Fusion("key", ("rotated",), ("k",), _rounded),))

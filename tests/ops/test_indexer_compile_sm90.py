@@ -11,6 +11,7 @@ import torch
 from tests.ops.test_compile_sm90 import POINTERS, Case, compile_triton
 
 POINTERS[torch.int16] = "*i16"
+FP8 = torch.float8_e4m3fn
 HEADS, PAIRS = 64, 32
 
 
@@ -70,15 +71,58 @@ def cache_cases() -> Iterator[Case]:
         yield Case("triton", module, "indexer_k_load", arguments, f"indexer_k_load-{format}-{d}")
 
 
-CASES = [*query_cases(), *cache_cases()]
+def score_cases() -> Iterator[Case]:
+    """Every format, ragged and paged, V4's heads and the most there may be."""
+    module = "dsv4_fusion.ops.triton.indexer_scores"
+    dtypes = {"bf16": torch.bfloat16, "fp8": FP8, "mxfp4": torch.uint8}
+    integers = torch.int32
+    sizes = [*itertools.product(dtypes, (64,), (128,)), ("fp8", 128, 128), ("mxfp4", 5, 64)]
+    for (format, heads, d), function in itertools.product(sizes, ("indexer_scores", "indexer_scores_paged")):
+        paged, width = function.endswith("paged"), d // 2 if format == "mxfp4" else d
+        if paged and format == "bf16":
+            continue
+        batch, queries, length = (64, 2, 4096) if paged else (2, 4096, 1001)
+        arguments = {
+            "q": empty(batch, queries, heads, width, dtype=dtypes[format]),
+            "weights": empty(batch, queries, heads, dtype=torch.float32),
+            "q_scale": empty(batch, queries, heads, dtype=integers) if format == "mxfp4" else None,
+        }
+        if paged:
+            arguments |= {
+                "cache": empty(10, 64 * (width + 4), dtype=torch.uint8),
+                "block_table": empty(batch, length // 64, dtype=integers),
+                "lengths": empty(batch, dtype=integers),
+            }
+        else:
+            scale = {"fp8": torch.float32, "mxfp4": integers}.get(format)
+            arguments |= {
+                "k": empty(batch, length, width, dtype=dtypes[format]),
+                "k_scale": None if scale is None else empty(batch, length, dtype=scale),
+                "positions": empty(1, queries, dtype=torch.int64),
+            }
+        yield Case(
+            "triton", module, function, arguments, f"{function}-{format}-{heads}x{d}", {"has_e4m3": lambda _: True}
+        )
+    arguments = {
+        "q": empty(100, 64, 128, dtype=torch.bfloat16),
+        "k": empty(1000, 128, dtype=torch.bfloat16),
+        "weights": empty(100, 64, dtype=torch.float32),
+        "top_k": 512,
+    }
+    yield Case("triton", module, "indexer_topk", arguments, "indexer_topk-512")
+
+
+CASES = [*query_cases(), *cache_cases(), *score_cases()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_compiles_for_sm90(case, tmp_path, monkeypatch):
-    (binary,) = compile_triton(case, tmp_path, monkeypatch)
-    assert binary.cubin[:4] == b"\x7fELF"
-    if binary.stack is not None:
-        assert binary.stack == 0, f"{binary.kernel} spills {binary.stack} bytes a thread"
+    binaries = compile_triton(case, tmp_path, monkeypatch)
+    assert len(binaries) == 1 + (case.function == "indexer_topk")
+    for binary in binaries:
+        assert binary.cubin[:4] == b"\x7fELF"
+        if binary.stack is not None:
+            assert binary.stack == 0, f"{binary.kernel} spills {binary.stack} bytes a thread"
 
 
 def test_every_operator_is_covered():

@@ -97,6 +97,11 @@ def maximum(a: Float32, b: Float32) -> Float32:
     return _float("max.f32 {$w0}, {$r0}, {$r1};", a, b)
 
 
+def maximum_nan(a: Float32, b: Float32) -> Float32:
+    """NaN where one of them is."""
+    return _float("max.NaN.f32 {$w0}, {$r0}, {$r1};", a, b)
+
+
 def select(condition, yes: Uint32, no: Uint32) -> Uint32:
     return Uint32(cutlass.select_(condition, yes, no))
 

@@ -1,0 +1,458 @@
+"""The indexer's scores on SM90: TMA, WGMMA, warp-specialised; a query's heads are columns, keys are rows.
+
+A matrix product of 64 keys and all heads of some queries stays in registers, where heads lie in a thread and its three
+neighbours: relu, weight and sum are two instructions a product, and the sum over heads crosses two lanes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+import torch
+from cutlass import Float32, Int32, Int64, Uint32, pipeline
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
+from torch import Tensor
+
+from . import launch, ptx
+
+COLUMNS = 256  # heads of a block's queries, all together
+KEYS = 128  # of a stage, 64 for each of two warpgroups
+CHUNK = 2048  # keys of a piece of work
+GROUP = 128  # threads of a warpgroup
+CONSUMERS = 2
+LINE = 128  # bytes of a row that lie together in shared memory
+SHARED = 227 * 1024
+MINUS_INFINITY = 0xFF800000
+
+
+class Scores:
+    """The kernel: scores of all keys for ``COLUMNS / heads`` queries at a time.
+
+    Args:
+        heads: 32, 64 or 128.
+        d: 64 or 128.
+        fp8: e4m3 queries and keys, the latter with a scale; bf16 otherwise.
+        limits: "all", "range" (starts and ends) or "causal" (positions).
+    """
+
+    def __init__(self, heads: int, d: int, fp8: bool, limits: str) -> None:
+        self.heads, self.d, self.fp8, self.limits = heads, d, fp8, limits
+        self.queries = COLUMNS // heads
+        size = 1 if fp8 else 2
+        self.line = min(d, LINE // size)  # values of a row that lie together
+        self.lines = d // self.line
+        self.step = 32 // size  # of a matrix instruction
+        self.tiles_q = 2  # queries of the work after this one are loaded meanwhile
+        per_q, per_k = COLUMNS * d * size, KEYS * d * size
+        self.stages = min(6, (SHARED - 4096 - self.tiles_q * (per_q + 4 * COLUMNS)) // per_k)
+        self.q_bytes, self.k_bytes = per_q + 4 * COLUMNS, per_k
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        k: cute.Tensor,
+        weights: cute.Tensor,
+        k_scale: cute.Tensor | None,
+        start: cute.Tensor | None,
+        end: cute.Tensor | None,
+        out: cute.Tensor,
+        ratio: Int32,
+        processors: Int32,
+        stream: cuda.CUstream,
+    ):
+        dtype = q.element_type
+        q_layout, k_layout = self._layout(dtype, COLUMNS, self.tiles_q), self._layout(dtype, KEYS, self.stages)
+        w_layout = cute.make_layout((COLUMNS, 1, self.tiles_q), stride=(1, COLUMNS, COLUMNS))
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        tma_q, q_tma = cpasync.make_tiled_tma_atom(
+            load, q, cute.slice_(q_layout, (None, None, 0)), (COLUMNS, self.line)
+        )
+        tma_k, k_tma = cpasync.make_tiled_tma_atom(load, k, cute.slice_(k_layout, (None, None, 0)), (KEYS, self.line))
+        tma_w, w_tma = cpasync.make_tiled_tma_atom(load, weights, cute.slice_(w_layout, (None, None, 0)), (COLUMNS, 1))
+
+        @cute.struct
+        class Shared:
+            barriers_q: cute.struct.MemRange[Int64, self.tiles_q * 2]
+            barriers_k: cute.struct.MemRange[Int64, self.stages * 2]
+            tile_q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(q_layout)], 1024]
+            tile_k: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(k_layout)], 1024]
+            tile_w: cute.struct.Align[cute.struct.MemRange[Float32, COLUMNS * self.tiles_q], 128]
+
+        self.shared, self.dtype, self.result = Shared, dtype, out.element_type
+        groups = (out.shape[0] + self.queries - 1) // self.queries
+        chunks = (out.shape[1] + CHUNK - 1) // CHUNK
+        self.kernel(
+            tma_q, q_tma, tma_k, k_tma, tma_w, w_tma, k_scale, start, end, out,
+            q_layout, k_layout, w_layout, groups, chunks, ratio,
+        ).launch(
+            grid=[cutlass.min(groups * chunks, processors), 1, 1],
+            block=[(1 + CONSUMERS) * GROUP, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+        )  # fmt: skip
+
+    def _layout(self, dtype, rows: int, stages: int):
+        atom = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, self.line)
+        shape = (rows, self.line, stages * self.lines)
+        return cute.tile_to_shape(warpgroup.make_smem_layout_atom(atom, dtype), shape, order=(0, 1, 2))
+
+    def _mma(self):
+        major = LayoutEnum.ROW_MAJOR.sm90_mma_major_mode()
+        return sm90.make_trivial_tiled_mma(self.dtype, self.dtype, major, major, Float32, (1, 1, 1), (64, COLUMNS))
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_q: cute.CopyAtom,
+        q: cute.Tensor,
+        tma_k: cute.CopyAtom,
+        k: cute.Tensor,
+        tma_w: cute.CopyAtom,
+        weights: cute.Tensor,
+        k_scale: cute.Tensor | None,
+        start: cute.Tensor | None,
+        end: cute.Tensor | None,
+        out: cute.Tensor,
+        q_layout: cute.ComposedLayout,
+        k_layout: cute.ComposedLayout,
+        w_layout: cute.Layout,
+        groups: Int32,
+        chunks: Int32,
+        ratio: Int32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        group = cute.arch.make_warp_uniform(thread // GROUP)
+        if warp_index == 0:
+            cpasync.prefetch_descriptor(tma_q)
+            cpasync.prefetch_descriptor(tma_k)
+            cpasync.prefetch_descriptor(tma_w)
+
+        storage = SmemAllocator().allocate(self.shared)
+        made = []
+        for barriers, count, size in (
+            (storage.barriers_q, self.tiles_q, self.q_bytes),
+            (storage.barriers_k, self.stages, self.k_bytes),
+        ):
+            made.append(
+                pipeline.PipelineTmaAsync.create(
+                    barrier_storage=barriers.data_ptr(),
+                    num_stages=count,
+                    producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+                    consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, CONSUMERS * 4),
+                    tx_count=size,
+                    cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
+                    defer_sync=True,
+                )
+            )
+        q_stages, k_stages = made
+        pipeline.pipeline_init_arrive(cluster_shape_mn=(1, 1), is_relaxed=True)
+        s_q = storage.tile_q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
+        s_k = storage.tile_k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
+        s_w = storage.tile_w.get_tensor(w_layout)
+        one = cute.make_layout(1)
+        to_q, from_q = self._partition(tma_q, s_q, cute.local_tile(q, (COLUMNS, self.line), (None, None)), one)
+        to_k, from_k = self._partition(tma_k, s_k, cute.local_tile(k, (KEYS, self.line), (None, None)), one)
+        to_w, from_w = self._partition(tma_w, s_w, cute.local_tile(weights, (COLUMNS, 1), (None, None)), one)
+        pipeline.pipeline_init_wait(cluster_shape_mn=(1, 1))
+
+        length, pieces = out.shape[1], groups * chunks
+        if group == 0:
+            cute.arch.setmaxregister_decrease(40)
+            if warp_index == 0:
+                q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
+                k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
+                for piece in cutlass.range(block, pieces, blocks):
+                    few, chunk = piece // chunks, piece % chunks
+                    first, last = self._seen(start, end, out.shape[0], length, few, chunk, ratio)
+                    q_stages.producer_acquire(q_state)
+                    barrier = q_stages.producer_get_barrier(q_state)
+                    for line in cutlass.range_constexpr(self.lines):
+                        cute.copy(
+                            tma_q, from_q[(None, few, line)], to_q[(None, q_state.index * self.lines + line)],
+                            tma_bar_ptr=barrier,
+                        )  # fmt: skip
+                    cute.copy(tma_w, from_w[(None, few, 0)], to_w[(None, q_state.index)], tma_bar_ptr=barrier)
+                    q_state.advance()
+                    for tile in cutlass.range(first, last):
+                        k_stages.producer_acquire(k_state)
+                        barrier = k_stages.producer_get_barrier(k_state)
+                        for line in cutlass.range_constexpr(self.lines):
+                            cute.copy(
+                                tma_k, from_k[(None, tile, line)], to_k[(None, k_state.index * self.lines + line)],
+                                tma_bar_ptr=barrier,
+                            )  # fmt: skip
+                        k_state.advance()
+                q_stages.producer_tail(q_state)
+                k_stages.producer_tail(k_state)
+        else:
+            cute.arch.setmaxregister_increase(232)
+            consumer, thread = group - 1, thread % GROUP
+            lane = thread % 32
+            own = consumer * 64 + (thread // 32) * 16 + lane // 4  # this thread's first key in a stage
+            tiled_mma = self._mma()
+            part = tiled_mma.get_slice(0)
+            a = tiled_mma.make_fragment_A(part.partition_A(s_k))
+            mine = a[(None, consumer, None, None)]  # the 64 keys of this warpgroup
+            (value, *others), (stride, *strides) = mine.shape, mine.stride
+            a = cute.make_tensor(mine.iterator, cute.make_layout((value, 1, *others), stride=(stride, 0, *strides)))
+            b = tiled_mma.make_fragment_B(part.partition_B(s_q))
+            products = cute.make_rmem_tensor(tiled_mma.partition_shape_C((64, COLUMNS)), Float32)
+            weight = cute.make_rmem_tensor((COLUMNS // 4,), Float32)
+            q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.tiles_q)
+            k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+
+            for piece in cutlass.range(block, pieces, blocks):
+                few, chunk = piece // chunks, piece % chunks
+                first, last = self._seen(start, end, out.shape[0], length, few, chunk, ratio)
+                below, above = self._limits(start, end, out.shape[0], length, few, lane, ratio)
+                q_stages.consumer_wait(q_state)
+                for i in cutlass.range_constexpr(COLUMNS // 4):
+                    weight[i] = s_w[i // 2 * 8 + lane % 4 * 2 + i % 2, 0, q_state.index]
+                for tile in cutlass.range(first, last):
+                    key = tile * KEYS + own
+                    scales = self._key_scales(k_scale, key, length)
+                    k_stages.consumer_wait(k_state)
+                    self._multiply(a, b, k_state.index, q_state.index, products)
+                    warpgroup.wait_group(0)
+                    k_stages.consumer_release(k_state)
+                    k_state.advance()
+                    sums = self._sums(products, weight, lane)
+                    self._store(out, sums, scales, below, above, few, key, lane)
+                q_stages.consumer_release(q_state)
+                q_state.advance()
+                # Keys that none of these queries sees
+                for tile in cutlass.range(chunk * (CHUNK // KEYS), first):
+                    self._store(out, None, None, below, above, few, tile * KEYS + own, lane)
+                end_tile = cutlass.min((chunk + 1) * (CHUNK // KEYS), (length + KEYS - 1) // KEYS)
+                for tile in cutlass.range(last, end_tile):
+                    self._store(out, None, None, below, above, few, tile * KEYS + own, lane)
+
+    def _partition(self, atom, shared, source, layout):
+        return cpasync.tma_partition(atom, 0, layout, cute.group_modes(shared, 0, 2), cute.group_modes(source, 0, 2))
+
+    def _ends(self, start, end, query, length, ratio):
+        """The keys that one query sees."""
+        if self.limits == "all":
+            return Int32(0), length
+        if self.limits == "causal":
+            position = Int64(end[query])
+            return Int32(0), _clip((position + 1) // Int64(ratio), position >= 0, length)
+        low = Int64(0) if start is None else Int64(start[query])
+        high = Int64(length) if end is None else Int64(end[query])
+        return _clip(low, low >= 0, length), _clip(high, high >= 0, length)
+
+    def _seen(self, start, end, queries, length, few, chunk, ratio):
+        """The stages of a piece of work in which some query sees a key: from the first to before the last."""
+        low, high = length, Int32(0)
+        for i in range(self.queries):
+            query = cutlass.min(few * self.queries + i, queries - 1)
+            one = self._ends(start, end, query, length, ratio)
+            low, high = cutlass.min(low, one[0]), cutlass.max(high, one[1])
+        per = CHUNK // KEYS
+        most = cutlass.min((chunk + 1) * per, (length + KEYS - 1) // KEYS)
+        first = cutlass.min(cutlass.max(chunk * per, low // KEYS), most)
+        last = cutlass.max(cutlass.min(most, (high + KEYS - 1) // KEYS), first)
+        return first, last
+
+    def _limits(self, start, end, queries, length, few, lane, ratio):
+        """What the queries see whose sums this thread stores."""
+        low, high = [], []
+        for i in range(max(1, self.queries // 4)):
+            query = cutlass.min(few * self.queries + self._query(lane, i), queries - 1)
+            one = self._ends(start, end, query, length, ratio)
+            low.append(one[0])
+            high.append(one[1])
+        return low, high
+
+    def _query(self, lane, i: int):
+        """Of the sums that a thread has in the end, number ``i`` of its queries."""
+        bit0, bit1 = lane & 1, lane >> 1 & 1
+        if self.queries == 2:
+            return bit0
+        return bit0 * (self.queries // 2) + bit1 * (self.queries // 4) + i
+
+    def _key_scales(self, k_scale, key, length):
+        if not self.fp8:
+            return None
+        return [k_scale[cutlass.min(key + 8 * i, length - 1)] for i in range(2)]
+
+    def _multiply(self, a, b, k_index, q_index, products) -> None:
+        warpgroup.fence()
+        tiled_mma = self._mma()
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, False)
+        for line in range(self.lines):
+            for step in range(self.line // self.step):
+                left = a[(None, None, step, k_index * self.lines + line)]
+                right = b[(None, None, step, q_index * self.lines + line)]
+                cute.gemm(tiled_mma, products, left, right, products)
+                tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    def _sums(self, products, weight, lane):
+        """Over heads: of this thread's columns first, then of the four threads that share a row.
+
+        There are 2 sums a query, for keys 8 apart. In each exchange a thread gives away the half that it will not
+        store, so that in the end each of the four has a quarter of them.
+        """
+        per = self.heads // 4  # of a query's columns, in a thread
+        sums = []
+        for query in range(self.queries):
+            for row in range(2):
+                total = Float32(0.0)
+                for i in range(per):
+                    at = query * per + i
+                    total = ptx.fma(_relu(products[at // 2 * 4 + row * 2 + at % 2]), weight[at], total)
+                sums.append(total)
+        for bit in range(2):
+            odd, half = (lane >> bit & 1) == 1, len(sums) // 2
+            kept = []
+            for first, second in zip(sums[:half], sums[half:], strict=True):
+                keep, give = _choose(odd, second, first), _choose(odd, first, second)
+                kept.append(ptx.add(keep, cute.arch.shuffle_sync_bfly(give, offset=1 << bit)))
+            sums = kept
+        return sums
+
+    def _store(self, out, sums, scales, below, above, few, key, lane) -> None:
+        """This thread's sums, or −inf, where there is a query and a key."""
+        count = max(1, self.queries // 4)
+        for i in range(count):
+            query = few * self.queries + self._query(lane, i)
+            for row in range(1 if self.queries == 2 else 2):
+                at = key + 8 * (row if self.queries > 2 else (lane >> 1 & 1))
+                value = ptx.real(Uint32(MINUS_INFINITY))
+                if sums is not None:
+                    value = sums[i * 2 + row]
+                    if scales is not None:
+                        scale = scales[row] if self.queries > 2 else _choose((lane >> 1 & 1) == 1, scales[1], scales[0])
+                        value = ptx.mul(value, scale)
+                    if self.limits != "all":
+                        seen = (at >= below[i]) & (at < above[i])
+                        value = _choose(seen, value, ptx.real(Uint32(MINUS_INFINITY)))
+                self._put(out, query, at, value)
+
+    @cute.jit
+    def _put(self, out: cute.Tensor, query: Int32, key: Int32, value: Float32):
+        if (query < out.shape[0]) & (key < out.shape[1]):
+            out[query, key] = value.to(self.result)
+
+
+def _clip(limit, positive, length) -> Int32:
+    """As int32 in [0, length]."""
+    within = cutlass.min(limit, Int64(length))
+    return Int32(cutlass.select_(positive, within, Int64(0)))
+
+
+def _choose(condition, yes: Float32, no: Float32) -> Float32:
+    return ptx.real(ptx.select(condition, ptx.bits(yes), ptx.bits(no)))
+
+
+def _relu(x: Float32) -> Float32:
+    """NaN stays NaN."""
+    return ptx.maximum_nan(x, Float32(0.0))
+
+
+def build(
+    heads: int,
+    d: int,
+    dtype: torch.dtype,
+    limits: str,
+    indices: tuple[torch.dtype | None, torch.dtype | None],
+    result: torch.dtype,
+    arch: str = "",
+    options: str = "",
+):
+    """A compiled :class:`Scores`, called with its tensors, the ratio and the number of processors.
+
+    Args:
+        heads, d, limits: as there.
+        dtype: of queries and keys, bf16 or e4m3fn.
+        indices: dtypes of starts and ends, None where there are none; of positions, in place of ends, if causal.
+        result: of the scores.
+        arch, options: for the compiler.
+    """
+    rows, keys, queries = launch.symbol(), launch.symbol(), launch.symbol()
+    fp8 = dtype == torch.float8_e4m3fn
+    return launch.compiled(
+        Scores(heads, d, fp8, limits),
+        launch.tensor(dtype, rows, d, row=16 // dtype.itemsize, align=16),
+        launch.tensor(dtype, keys, d, row=16 // dtype.itemsize, align=16),
+        launch.upright(torch.float32, rows, 1),
+        launch.strided(torch.float32, keys) if fp8 else None,
+        *[None if index is None else launch.strided(index, queries) for index in indices],
+        launch.tensor(result, queries, keys),
+        Int32(4),
+        Int32(0),
+        arch=arch,
+        options=options,
+    )
+
+
+_kernels: dict[tuple, object] = {}
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., d] as a matrix with rows at multiples of 16 bytes."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    if (rows.data_ptr() | rows.stride(0) * rows.element_size()) % 16 or rows.stride(1) != 1:
+        rows = rows.contiguous().clone()
+    return rows
+
+
+def _column(tensor: Tensor) -> Tensor:
+    """All of it as a matrix of one column, whose second would begin at a multiple of 16 bytes."""
+    flat = tensor.contiguous().view(-1)
+    flat = flat.clone() if flat.data_ptr() % 16 else flat
+    return flat.as_strided((flat.shape[0], 1), (1, -(-flat.shape[0] // 4) * 4))
+
+
+def scores_into(out, q, k, weights, q_scale, k_scale, start, end, causal, ratio) -> None:
+    """As the function of this name in Triton."""
+    if out.numel() == 0:
+        return
+    if q_scale is not None:
+        from ..triton.indexer_scores import expanded
+
+        q, k, k_scale = expanded(q, q_scale), expanded(k, k_scale), None
+    limits = "causal" if causal else "all" if start is None and end is None else "range"
+    indices = tuple(None if limit is None else limit.dtype for limit in (start, end))
+    key = (q.shape[-2], q.shape[-1], q.dtype, limits, indices, out.dtype)
+    if (*key, q.device) not in _kernels:
+        _kernels[*key, q.device] = build(*key)
+    kernel, batch = _kernels[*key, q.device], q.shape[0]
+    for b in range(batch):
+        own = [None if limit is None else limit[b if limit.shape[0] == batch else 0] for limit in (start, end)]
+        scales = None if k_scale is None else k_scale[b]
+        result = out[b][:, : k.shape[1]]
+        kernel(_rows(q[b]), _rows(k[b]), _column(weights[b]), scales, *own, result, ratio, _processors(q.device))
+
+
+def indexer_scores(
+    q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None, *, ratio=4, dtype=None
+) -> Tensor:
+    from ..triton.indexer_scores import batched, ragged
+
+    out = q.new_empty([*q.shape[:-2], k.shape[-2]], dtype=dtype or torch.float32)
+    tensors = ragged(q, k, weights, q_scale, k_scale, start, end, positions)
+    scores_into(batched(out, 3), *tensors, positions is not None, ratio)
+    return out
+
+
+def indexer_topk(*tensors, **options) -> Tensor:
+    from ..triton.indexer_scores import best
+
+    return best(scores_into, *tensors, **options)
