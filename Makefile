@@ -47,7 +47,7 @@ test-old-transformers: $(VENV)/transformers-$(OLD_TRANSFORMERS)
 
 bench: $(VENV)/.ready
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none"; exit 1; }
-	@for each in hyper_connection indexer; do echo "==> benchmarks/$$each.py"; \
+	@for each in hyper_connection indexer indexer_scores compressor fp8_linear; do echo "==> benchmarks/$$each.py"; \
 	$(RUN) benchmarks/$$each.py $(ARGS) || exit; done
 	@echo "==> the tables of README.md"
 	@$(RUN) benchmarks/render.py

@@ -1,12 +1,12 @@
-"""The command line: ``python -m dsv4_fusion doctor`` and ``python -m dsv4_fusion explain``."""
+"""The command line: ``python -m dsv4_fusion doctor``, ``explain`` and ``warmup``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import threading
 import time
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from . import __version__, explain
-from ._doctor import diagnose
-from .report import Report
+from ._doctor import caches, diagnose, no_gpu
+from ._warmup import Call, calls, warm
 
 DOCTOR = "what is installed, which implementation every operator gets here and why not the others, and the caches"
 DOCTOR_CODES = """exit codes:
@@ -30,6 +30,15 @@ EXPLAIN_CODES = """exit codes:
   0  something is fused
   1  nothing is fused
   2  wrong usage, a configuration that cannot be read, or no transformers"""
+WARMUP = (
+    "compile the kernels of every operator that Hugging Face's DeepSeek-V4 of this configuration is fused to, side by "
+    "side, into the caches on disk; afterwards no number of tokens up to the given one compiles any of them"
+)
+WARMUP_CODES = """exit codes:
+  0  everything is compiled
+  1  there is no GPU to compile for, or nothing in the model is fused
+  2  wrong usage, a configuration that cannot be read, or no transformers
+  3  a kernel could not be compiled"""
 TINY = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -73,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m dsv4_fusion", description="DeepSeek-V4's fusions: see each command's --help"
     )
     parser.add_argument("--version", action="version", version=f"dsv4_fusion {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor|explain")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor|explain|warmup")
     form = argparse.RawDescriptionHelpFormatter
 
     doctor = commands.add_parser("doctor", help=DOCTOR, description=DOCTOR, epilog=DOCTOR_CODES, formatter_class=form)
@@ -83,16 +92,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     explainer.set_defaults(run=_explain)
     explainer.add_argument(
-        "--config",
-        required=True,
-        metavar="tiny|flash|FILE.json",
-        help="FILE: a model's config.json; its quantisation is left out",
-    )
-    explainer.add_argument("--layers", type=_positive, metavar="N", help="the first N layers (default: all)")
-    explainer.add_argument(
         "--tokens", type=_positive, default=512, metavar="N", help="tokens of the one sequence (default: %(default)s)"
     )
-    for command in (doctor, explainer):
+    explainer.add_argument(
+        "--html", type=_html_file, metavar="FILE.html", help="write the report with a picture of every layer, too"
+    )
+    warmup = commands.add_parser("warmup", help=WARMUP, description=WARMUP, epilog=WARMUP_CODES, formatter_class=form)
+    warmup.set_defaults(run=_warmup)
+    warmup.add_argument(
+        "--tokens", type=_positive, default=8192, metavar="N", help="most tokens of one step (default: %(default)s)"
+    )
+    warmup.add_argument(
+        "--jobs",
+        type=_positive,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that compile (default: %(default)s)",
+    )
+    for command in (explainer, warmup):
+        command.add_argument(
+            "--config",
+            required=True,
+            metavar="tiny|flash|FILE.json",
+            help="FILE: a model's config.json; its quantisation is left out",
+        )
+        command.add_argument("--layers", type=_positive, metavar="N", help="the first N layers (default: all)")
+    for command in (doctor, explainer, warmup):
         command.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     try:
@@ -106,6 +131,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 1")
     return int(text)
+
+
+def _html_file(text: str) -> Path:
+    file = Path(text)
+    if file.suffix != ".html" or not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file .html in a folder that exists")
+    return file
 
 
 # doctor
@@ -156,17 +188,20 @@ def _explain(arguments: argparse.Namespace) -> int:
     size = "1 layer" if layers == 1 else f"{layers} layers"
     with _progress(f"tracing {size}"):
         report = explain(net, torch.zeros(1, arguments.tokens, dtype=torch.long, device="meta"), use_cache=False)
+    if arguments.html is not None:
+        try:
+            report.save(arguments.html)
+        except OSError as error:
+            raise UsageError(f"--html {arguments.html}: {error}") from None
     if arguments.json:
         facts = {"config": arguments.config, "layers": layers, "tokens": arguments.tokens, "parameters": parameters}
-        print(json.dumps(facts | {"report": _report_fields(report)}, indent=2))
+        print(json.dumps(facts | {"report": report.as_dict()}, indent=2))
     else:
         print(f"{arguments.config}: {size}, {parameters:,} parameters, prefill of 1 x {arguments.tokens} tokens")
         print(report)
+        if arguments.html is not None:
+            print(f"written: {arguments.html}")
     return 0 if report.sites else 1
-
-
-def _report_fields(report: Report) -> dict[str, Any]:
-    return {"counts": dict(sorted(report.counts.items()))} | dataclasses.asdict(report)
 
 
 def config_fields(config: str, layers: int | None) -> dict[str, Any]:
@@ -225,6 +260,54 @@ def meta_model(fields: dict[str, Any]) -> torch.nn.Module:
         if not keep.intersection(name.split(".")):
             parameter.data = parameter.data.to(torch.bfloat16)
     return net
+
+
+# warmup
+
+
+def _warmup(arguments: argparse.Namespace) -> int:
+    fields = config_fields(arguments.config, arguments.layers)
+    problem = None if torch.cuda.is_available() else f"kernels are compiled for the GPU of this machine: {no_gpu()}"
+    work, results = list[Call](), list[dict[str, Any]]()
+    if problem is None:
+        with _progress("tracing"):
+            work = calls(meta_model(fields))
+        problem = None if work else "nothing in this model is fused: see python -m dsv4_fusion explain"
+    if problem is None:
+        bar = _Bar(len(work))
+        results = list(warm(work, arguments.tokens, arguments.jobs, bar.step))
+    if arguments.json:
+        facts = {"config": arguments.config, "tokens": arguments.tokens, "problem": problem, "kernels": results}
+        print(json.dumps(facts | {"caches": {owner: str(folder) for owner, folder in caches().items()}}, indent=2))
+    elif problem is not None:
+        print(f"nothing is compiled: {problem}")
+    else:
+        for result in results:
+            kept = "" if result["kept"] else ", not kept on disk: every process compiles it again"
+            state = result["problem"] or f"{result['implementation']}, {result['seconds']} s{kept}"
+            print(f"{result['operator']}: {state}")
+    if problem is not None:
+        return 1
+    return 3 if any(result["problem"] for result in results) else 0
+
+
+class _Bar:
+    """Progress on stderr: a bar on a terminal, else a line a step."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.count, self.terminal = total, 0, sys.stderr.isatty()
+        self.show("compiling")
+
+    def step(self, result: dict[str, Any]) -> None:
+        self.count += 1
+        self.show(result["operator"])
+
+    def show(self, what: str) -> None:
+        full = 30 * self.count // self.total
+        end = "\n" if not self.terminal or self.count == self.total else ""
+        start = "\r\x1b[K" if self.terminal else ""
+        bar = "#" * full + "-" * (30 - full)
+        print(f"{start}[{bar}] {self.count}/{self.total} {what}", end=end, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

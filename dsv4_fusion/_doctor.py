@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .ops import indexer_cache_bytes
+from .ops import indexer_cache_bytes, kv_cache_bytes
 from .ops._library import COMPILERS, REFERENCE, operators
 
 DISTRIBUTIONS = {"cutlass": "nvidia-cutlass-dsl", "tvm_ffi": "apache-tvm-ffi"}  # named otherwise than their module
@@ -44,7 +44,7 @@ def diagnose() -> dict[str, Any]:
             "transformers": _version("transformers"),
         },
         "gpus": gpus,
-        "no_gpu": None if gpus else _no_gpu(),
+        "no_gpu": None if gpus else no_gpu(),
         "compilers": compilers,
         "languages": {
             language: bool(gpus)
@@ -113,7 +113,23 @@ def arguments(name: str) -> tuple[tuple, dict[str, Any]]:
         new(TOKENS, heads),
     )
     key = (integers(TOKENS), bf16(dim), *rope)
+    activation, weight = (new(rows, hidden, dtype=torch.float8_e4m3fn) for rows in (TOKENS, hidden))
     load = {"format": "fp8", "head_dim": dim, "page_size": 64}
+    scored = (bf16(TOKENS, heads, dim), bf16(TOKENS, dim), new(TOKENS, heads))
+    pages = (fp8[0].unsqueeze(1), cache("fp8"), fp8[1].unsqueeze(1), integers(TOKENS, 1), integers(TOKENS))
+    wide, prompt = 512, 128
+
+    def compressor(ratio: int, width: int) -> tuple:
+        angles = new(prompt, rotated // 2)
+        return bf16(1, prompt, width), bf16(1, prompt, width), new(ratio, width), new(wide), angles, angles
+
+    def paged(ratio: int, width: int) -> tuple:
+        rows = bf16(TOKENS, width)
+        state = (new(TOKENS, 2 * ratio, 2, width), integers(TOKENS, 1))
+        pages = new(TOKENS, kv_cache_bytes(64), dtype=torch.uint8)
+        tokens = (integers(TOKENS), integers(TOKENS), integers(TOKENS + 1))
+        return rows, rows, new(ratio, width), new(wide), *tokens, *rope[1:], *state, pages, integers(TOKENS)
+
     table: dict[str, tuple[tuple, dict[str, Any]]] = {
         "hc_pre": ((streams, *pre), {}),
         "hc_post": (post, {}),
@@ -126,7 +142,18 @@ def arguments(name: str) -> tuple[tuple, dict[str, Any]]:
         "indexer_q_mxfp4_out": ((*q, *mxfp4), {}),
         "indexer_k_store_fp8": ((bf16(TOKENS, dim), cache("fp8"), *key), {}),
         "indexer_k_store_mxfp4": ((bf16(TOKENS, dim), cache("mxfp4"), *key), {}),
+        "quantize_fp8": ((bf16(TOKENS, hidden),), {}),
+        "scaled_mm_fp8": ((activation, weight, new(TOKENS, 1), new(hidden, 1)), {}),
+        "fp8_linear": ((bf16(TOKENS, hidden), weight, new(hidden, 1)), {}),
+        "compress_csa": (compressor(4, 2 * wide), {}),
+        "compress_hca": (compressor(128, wide), {}),
+        "compress_csa_insert": (paged(4, 2 * wide), {}),
+        "compress_hca_insert": (paged(128, wide), {}),
+        "kv_load": ((new(TOKENS, kv_cache_bytes(64), dtype=torch.uint8), integers(1, 1), integers(1)), {}),
         "indexer_k_load": ((cache("fp8"), integers(1, 1), integers(1)), load),
+        "indexer_scores": (scored, {}),
+        "indexer_scores_paged": (pages, {}),
+        "indexer_topk": (scored, {"top_k": 512}),
     }
     return table[name]
 
@@ -177,7 +204,8 @@ def _gpu(index: int) -> dict[str, Any]:
     }
 
 
-def _no_gpu() -> str:
+def no_gpu() -> str:
+    """Why there is no GPU."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     return "torch finds no CUDA device: see nvidia-smi, and CUDA_VISIBLE_DEVICES"

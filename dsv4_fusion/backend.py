@@ -154,12 +154,44 @@ def _compile(
         compiled = _compile(gm, [example_inputs[i] for i in kept], options, patches, on_report, run_graph)
         return lambda *inputs: compiled(*[inputs[i] for i in kept])
     before = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
-    fusion_pass = FusionPass(options, on_report, before, rewrite=True if run_graph else None)
+    fusion_pass = FusionPass(options, on_report, before, rewrite=True if run_graph else None, draw=run_graph)
     patches = patches | {"joint_custom_pre_pass": fusion_pass}
     if not run_graph:
-        return compile_fx(gm, list(example_inputs), config_patches=patches)
+        return _compile_or_read(gm, example_inputs, fusion_pass, patches, on_report)
     patches["force_disable_caches"] = True
     return compile_fx(gm, list(example_inputs), inner_compile=_run_graph, config_patches=patches)
+
+
+def _compile_or_read(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    fusion_pass: Any,
+    patches: dict[str, Any],
+    on_report: Callable[[Report], None],
+) -> Callable[..., Any]:
+    """Inductor; where its code comes out of a cache and the pass does not run, the report of when it was compiled."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    from ._cached import Table
+
+    others = {name: value for name, value in patches.items() if value is not fusion_pass}
+    off = patches.get("force_disable_caches", config.force_disable_caches)
+    uuid = None if off else fusion_pass.uuid()
+    table = Table(cache_dir(), gm, example_inputs, None if uuid is None else (uuid, sorted(others.items())))
+    told: list[Report] = []
+    fusion_pass.on_report = told.append
+    try:
+        compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+    finally:
+        for report in told:
+            on_report(report)
+    if told:
+        table.write(told[0])
+    else:
+        on_report(table.read())
+    return compiled
 
 
 def _specialize_module_floats(gm: torch.fx.GraphModule) -> list[int]:

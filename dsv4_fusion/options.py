@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 IMPLEMENTATIONS = ("triton", "tilelang", "cutedsl", "reference")
+FP8_LINEAR = ("batch_invariant",)
+INDEXERS = ("fp8", "fp4")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class FusionOptions:
             CPU code, so that without this the CPU's matches are reported and left to Inductor.
         implementation: the kernels to use, by name ("triton", "tilelang", "cutedsl", "reference"); an operator that
             has none by that name, or cannot use it here, raises. None chooses the best that is usable.
+        fp8_linear: "batch_invariant" replaces linear layers with FP8 weights by ``dsv4::fp8_linear``, whose results do
+            not depend on the batch; activations that are not quantised yet are quantised then. None touches none.
+        indexer: "fp8" or "fp4" quantises the indexer's queries and keys where the model does not, after a Hadamard
+            transform of both: faster, and other keys may be chosen. None keeps the model's precision.
         dump: a folder for the graphs before and after, the matches and the patterns; None takes the environment
             variable ``DSV4_FUSION_DUMP``, and dumps nothing if that is not set either. With it Inductor's caches are
             neither read nor written, because code out of a cache was fused earlier and has nothing to dump.
@@ -33,6 +39,8 @@ class FusionOptions:
     strict: bool | int = False
     reference: bool = False
     implementation: str | None = None
+    fp8_linear: str | None = None
+    indexer: str | None = None
     dump: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -45,7 +53,12 @@ class FusionOptions:
                 f"option implementation: got {self.implementation!r}, "
                 f"expected None or one of {', '.join(IMPLEMENTATIONS)}"
             )
-
+        if self.fp8_linear is not None and self.fp8_linear not in FP8_LINEAR:
+            raise ValueError(
+                f"option fp8_linear: got {self.fp8_linear!r}, expected None or one of {', '.join(FP8_LINEAR)}"
+            )
+        if self.indexer is not None and self.indexer not in INDEXERS:
+            raise ValueError(f"option indexer: got {self.indexer!r}, expected None or one of {', '.join(INDEXERS)}")
         if self.dump is not None and not (isinstance(self.dump, str | os.PathLike) and _is_folder(self.dump)):
             raise ValueError(f"option dump: got {self.dump!r}, expected None or a folder's path, a str or os.PathLike")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
+from dsv4_fusion.__main__ import TINY
+
 LAYER_TYPES = (
     "sliding_attention",
     "sliding_attention",
@@ -12,25 +14,7 @@ LAYER_TYPES = (
     "heavily_compressed_attention",
 )
 SIZES = {
-    "tiny": {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "moe_intermediate_size": 32,
-        "num_attention_heads": 4,
-        "head_dim": 32,
-        "partial_rotary_factor": 0.5,
-        "q_lora_rank": 32,
-        "num_experts_per_tok": 2,
-        "n_routed_experts": 4,
-        "o_groups": 2,
-        "o_lora_rank": 16,
-        "index_n_heads": 4,
-        "index_head_dim": 32,
-        "index_topk": 8,
-        "sliding_window": 16,
-        "max_position_embeddings": 512,
-        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
-    },
+    "tiny": TINY,
     "flash": {"vocab_size": 4096, "n_routed_experts": 32},  # the published widths, less vocabulary and fewer experts
 }
 

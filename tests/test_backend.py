@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -20,7 +22,8 @@ from transformers import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
 import dsv4_fusion
-from dsv4_fusion import FusionOptions, backend
+from dsv4_fusion import FusionOptions, NearMiss, Report, Site, backend
+from dsv4_fusion._cached import Table
 from dsv4_fusion.passes._manager import FusionError
 
 CONFIG = DeepseekV4Config(hidden_size=32, num_hidden_layers=1, hc_sinkhorn_iters=3)
@@ -277,7 +280,11 @@ def test_options_are_frozen():
 # Caches
 
 CACHED = """
+import json, sys
 import torch
+import dsv4_fusion
+reports = []
+sys.modules["dsv4_fusion.backend"]._log_report = reports.append
 from torch._dynamo.utils import counters
 from transformers import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
@@ -285,16 +292,23 @@ net = DeepseekV4HyperConnection(DeepseekV4Config(hidden_size=32, hc_sinkhorn_ite
 options = {"reference": True, "strict": %d}
 with torch.no_grad():
     torch.compile(net, backend="dsv4_fusion", options=options)(torch.zeros(2, 3, 4, 32))
+for made in reports:
+    print(json.dumps([made.cached, made.as_dict()]))
 print(counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"])
 """
 
 
 def cache_hits(cache: Path, strict: int, package: Path = ROOT) -> int:
+    return int(cached_run(cache, strict, package)[-1])
+
+
+def cached_run(cache: Path, strict: int = 0, package: Path = ROOT) -> list[str]:
+    """Its lines: a report for each graph, and how many were found in the cache."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": prepend(package)}
     command = [sys.executable, "-c", CACHED % strict]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=package)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1])
+    return done.stdout.splitlines()
 
 
 def prepend(package: Path) -> str:
@@ -310,3 +324,68 @@ def test_a_second_process_hits_the_cache_and_a_change_misses_it(tmp_path):
     with (changed / "dsv4_fusion" / "passes" / "_pattern.py").open("a") as source:
         source.write("# a change\n")
     assert cache_hits(tmp_path / "cache", 0, changed) == 0  # another source
+
+
+def test_code_out_of_the_cache_reports_what_was_fused_in_it(tmp_path):
+    """In another process: the same table; and where it is gone or broken, how to get one."""
+    (first, misses), (second, hits) = cached_run(tmp_path), cached_run(tmp_path)
+    assert int(misses) == 0 and int(hits) > 0
+    (fresh, table), (cached, same) = json.loads(first), json.loads(second)
+    assert not fresh and cached and table["counts"] == {"hc_pre": 1}
+    assert same == table | {"cached": True}
+    (file,) = (tmp_path / "dsv4_fusion").iterdir()
+    file.unlink()
+    line, hits = cached_run(tmp_path)
+    cached, table = json.loads(line)
+    assert int(hits) > 0 and cached and not table["sites"]
+    (note,) = table["notes"]
+    assert "out of Inductor's cache" in note and "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1" in note
+
+
+@pytest.mark.parametrize(
+    "broken", ["", "[]", "{}", '{"sites": 3}', '{"sites": [{}], "near_misses": [], "left_alone": []}']
+)
+def test_a_broken_table_is_as_none(tmp_path, broken):
+    table = Table(str(tmp_path), torch.fx.symbolic_trace(lambda x: x + 1), [STREAMS], "settings")
+    report = Report([Site("layers.0", "hc_pre", "dsv4::hc_pre", 58, True)], [NearMiss("a", "b", "c", "d")], graphs=1)
+    table.write(report)
+    assert table.read() == dataclasses.replace(report, cached=True)
+    table.file.write_text(broken)
+    assert table.read().cached and "out of Inductor's cache" in table.read().notes[0]
+
+
+def test_a_table_is_of_one_graph_its_inputs_and_settings(tmp_path):
+    def name(gm, x, settings):
+        return Table(str(tmp_path), gm, [x], settings).file.name
+
+    plus, minus = (torch.fx.symbolic_trace(function) for function in (lambda x: x + 1, lambda x: x - 1))
+    names = [
+        name(plus, STREAMS, "a"),
+        name(minus, STREAMS, "a"),
+        name(plus, STREAMS[:1], "a"),
+        name(plus, STREAMS, "b"),
+    ]
+    assert len(set(names)) == 4
+    assert name(plus, STREAMS + 1, "a") == names[0]
+
+
+def test_the_log_says_that_a_report_is_from_the_cache(connection, caplog):
+    with torch._inductor.config.patch(force_disable_caches=False), torch._inductor.utils.fresh_cache(), torch.no_grad():
+        for from_cache in (False, True):
+            caplog.clear()
+            torch._dynamo.reset()
+            with caplog.at_level(logging.DEBUG, logger="dsv4_fusion"):
+                torch.compile(connection, backend="dsv4_fusion", options={"reference": True})(STREAMS)
+            (summary,) = [entry.message for entry in caplog.records if "near misses" in entry.message]
+            assert summary.startswith("1 hc_pre; 0 near misses")
+            assert summary.endswith("from Inductor's cache") == from_cache
+            assert any(entry.message.startswith("fused: : dsv4::hc_pre") for entry in caplog.records)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
+    (tmp_path / "file").touch()
+    gm = torch.fx.symbolic_trace(lambda x: x + 1)
+    table = Table(str(tmp_path / "file"), gm, [STREAMS], "settings")
+    table.write(Report())
+    assert table.read().notes
+    assert Table(str(tmp_path), gm, [STREAMS], None).file is None

@@ -67,8 +67,10 @@ def test_doctor_with_every_compiler(capsys, h200):
     found = json.loads(out)
     assert code == 0
     chosen = {name: choice["chosen"] for name, choice in found["operators"].items()}
+    triton = {"indexer_k_load", "indexer_scores_paged", "quantize_fp8"}
+    triton |= {name for name in _library.operators if name.startswith(("compress_", "kv_"))}
     assert chosen == {
-        name: "triton" if name == "indexer_k_load" else "tilelang" if name.startswith("hc_") else "cutedsl"
+        name: "triton" if name in triton else "tilelang" if name.startswith("hc_") else "cutedsl"
         for name in _library.operators
     }
     others = found["operators"]["hc_post_pre"]["others"]
@@ -150,18 +152,29 @@ def test_explain_is_what_a_real_model_gives(capsys, tmp_path):
         tensor.data.zero_()
     real = dsv4_fusion.explain(net, torch.zeros(1, 32, dtype=torch.long), use_cache=False)
     assert found["parameters"] == sum(parameter.numel() for parameter in net.parameters())
-    assert found["report"]["counts"] == real.counts == {"hc_pre": 1, "hc_post_pre": 1, "hc_post_head": 1}
+    assert (
+        found["report"]["counts"]
+        == real.counts
+        == {
+            "hc_pre": 1,
+            "hc_post_pre": 1,
+            "hc_post_head": 1,
+            "compress_csa": 2,
+        }
+    )
     assert [site["path"] for site in found["report"]["sites"]] == [site.path for site in real.sites]
     assert [entry["path"] for entry in found["report"]["left_alone"]] == [entry.path for entry in real.left_alone]
     assert len(real.left_alone) == 1  # the indexer's scores
 
 
-def test_explain_tiny(capsys, monkeypatch):
+def test_explain_tiny(capsys, monkeypatch, tmp_path):
     """A table on stdout, progress on stderr."""
     pytest.importorskip("transformers.models.deepseek_v4")
     monkeypatch.setattr(cli, "SILENT", 0.0)
-    code, out, err = run(capsys, "explain", "--config", "tiny", "--layers", "1", "--tokens", "8")
-    assert code == 0
+    page = tmp_path / "report.html"
+    code, out, err = run(capsys, "explain", "--config", "tiny", "--layers", "1", "--tokens", "8", "--html", str(page))
+    assert code == 0 and out.endswith(f"written: {page}\n")
+    assert "1 hc_post_head, 1 hc_post_pre, 1 hc_pre" in page.read_text()
     assert out.startswith("tiny: 1 layer, ") and "1 hc_post_head, 1 hc_post_pre, 1 hc_pre; 0 near misses" in out
     assert "tracing 1 layer: 0 s" in err and "tracing" not in out
 
@@ -185,12 +198,16 @@ def test_flash_is_the_published_model():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "doctor|explain"),
+        ([], "doctor|explain|warmup"),
         (["repair"], "repair"),
         (["doctor", "--fast"], "--fast"),
         (["explain"], "--config"),
         (["explain", "--config", "tiny", "--layers", "0"], "'0', expected a number from 1"),
         (["explain", "--config", "tiny", "--tokens", "many"], "'many', expected a number from 1"),
+        (["explain", "--config", "tiny", "--html", "report.pdf"], "'report.pdf', expected a file .html"),
+        (["explain", "--config", "tiny", "--html", "no/such/folder/report.html"], "in a folder that exists"),
+        (["warmup"], "--config"),
+        (["warmup", "--config", "pro"], "takes tiny, flash or a model's config.json; 'pro'"),
         (["explain", "--config", "pro"], "takes tiny, flash or a model's config.json; 'pro'"),
         (["explain", "--config", "{list}"], "model_type is None"),
         (["explain", "--config", "{other}"], "model_type is 'llama'"),
@@ -233,11 +250,11 @@ def test_old_transformers(capsys, monkeypatch, tmp_path):
     assert "DeepseekV4Config" in err and "pip install 'transformers>=5.17'" in err
 
 
-@pytest.mark.parametrize("command", ["doctor", "explain"])
-def test_help_documents_the_exit_codes(capsys, command):
+@pytest.mark.parametrize(("command", "codes"), [("doctor", "012"), ("explain", "012"), ("warmup", "0123")])
+def test_help_documents_the_exit_codes(capsys, command, codes):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
-    assert [line.split()[0] for line in out.partition("exit codes:\n")[2].splitlines()] == ["0", "1", "2"]
+    assert [line.split()[0] for line in out.partition("exit codes:\n")[2].splitlines()] == [*codes]
 
 
 def test_it_runs_as_a_module():

@@ -16,7 +16,9 @@ LAYERS = 2
 
 
 def whole_model(layers: int) -> dict[str, int]:
-    return {"hc_pre": 1, "hc_post_pre": 2 * layers - 1, "hc_post_head": 1}
+    found = {"hc_pre": 1, "hc_post_pre": 2 * layers - 1, "hc_post_head": 1}
+    compressors = {"compress_csa": 2 * (layers > 2), "compress_hca": int(layers > 3)}
+    return found | {name: count for name, count in compressors.items() if count}
 
 
 ONE_LAYER = {"hc_pre": 1, "hc_post_pre": 1, "hc_post": 1}
@@ -60,7 +62,13 @@ def test_four_layers():
     assert [entry.path for entry in report.left_alone] == ["model.layers.2.self_attn.compressor.indexer.scorer"], report
     quickest = min(entry.seconds for entry in (report, *others))  # one may meet the garbage collector
     assert quickest < 0.1 * len(report.sites), report
-    assert [(site.fusion, site.path) for site in report.sites] == [
+    compressor = "model.layers.2.self_attn.compressor"
+    assert [(site.fusion, site.path) for site in report.sites if site.fusion.startswith("compress_")] == [
+        ("compress_csa", compressor),
+        ("compress_csa", f"{compressor}.indexer"),
+        ("compress_hca", "model.layers.3.self_attn.compressor"),
+    ]
+    assert [(site.fusion, site.path) for site in report.sites if site.fusion.startswith("hc_")] == [
         ("hc_pre", "model.layers.0.attn_hc"),
         ("hc_post_pre", "model.layers.0.ffn_hc"),
         *(("hc_post_pre", f"model.layers.{i}.{part}") for i in range(1, 4) for part in ("attn_hc", "ffn_hc")),

@@ -17,9 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from dsv4_fusion import ops
+from tests.ops import test_fp8_linear as linear
 from tests.ops import test_hyper_connection as hyper_connection
 from tests.ops import test_indexer as queries
 from tests.ops import test_indexer_cache as keys
+from tests.ops import test_indexer_scores as scores
+from tests.ops.test_indexer import on_gpu
 
 implementation = sys.argv[1] if len(sys.argv) > 1 else "triton"
 
@@ -51,8 +54,38 @@ def indexer() -> None:
                 print(name, tokens, fused, flush=True)
 
 
+def fp8_linear() -> None:
+    for m, n, k in ((1, 16, 16), (65, 1040, 272), (300, 2064, 400)):
+        for scaling in linear.SCALINGS:
+            given = [tensor.cuda() for tensor in linear.problem(m, n, k, scaling)]
+            ops.scaled_mm_fp8(*given, implementation=implementation)
+            x = torch.randn(m, k, device="cuda").bfloat16()
+            options = {"scaling": scaling, "batch_invariant": scaling != "tensor"}
+            ops.fp8_linear(x, given[1], given[3], given[4], **options, implementation=implementation)
+            torch.cuda.synchronize()
+            print("fp8_linear", scaling, m, n, k, flush=True)
+
+
+def indexer_scores() -> None:
+    for format in scores.FORMATS:
+        for some, length in ((0, 10), (1, 1), (7, 333), (40, 1030)):
+            for range in scores.RANGES:
+                scores.check(scores.arguments(format, some, 64, length=length, range=range), device="cuda")
+            torch.cuda.synchronize()
+            print("indexer_scores, indexer_topk", format, some, length, flush=True)
+        for some in (1, 4) if format != "bf16" else ():
+            tensors, _ = scores.paged(format, 3, some, 64)
+            given = on_gpu({**tensors, "block_table": tensors["block_table"] - 3})  # some outside the cache
+            given["lengths"] += 100  # beyond the table
+            ops.indexer_scores_paged(**given)
+            torch.cuda.synchronize()
+            print("indexer_scores_paged", format, some, flush=True)
+
+
 if implementation != "cutedsl":
     hyper_connections()
 if implementation != "tilelang":
     indexer()
+    fp8_linear()
+    indexer_scores()
 print(f"{implementation}: all launched")

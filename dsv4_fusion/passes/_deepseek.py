@@ -53,6 +53,37 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight * wide).to(x.dtype)
 
 
+# The compressor
+
+
+def compress(
+    kv: Tensor, gate: Tensor, position_bias: Tensor, norm_weight: Tensor, table: Tensor, eps: float, overlap: bool,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    ratio, d = position_bias.shape[0], norm_weight.shape[0]
+    count = kv.shape[1] // ratio
+    kv, gate = kv.unflatten(1, (count, ratio)), gate.unflatten(1, (count, ratio)) + position_bias
+
+    def windows(x: Tensor, fill: float) -> Tensor:
+        previous = F.pad(x[:, :-1, :, :d], (0, 0, 0, 0, 1, 0), value=fill)
+        return torch.cat((previous, x[..., d:]), 2)
+
+    if overlap:
+        kv, gate = windows(kv, 0.0), windows(gate, float("-inf"))
+    entries = rms_norm((kv * gate.softmax(2)).sum(2).to(dtype), norm_weight, eps)
+    apply_rope(entries[..., -2 * table.shape[-1] :], table)
+    return entries
+
+
+def round_nope(entries: Tensor, rope: int) -> Tensor:
+    entries = entries.clone()
+    plain = entries[..., :-rope]
+    wide, scale = _scaled(plain, 64, 448.0, 1e-4)
+    codes = wide.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    entries[..., :-rope] = (codes.float() * scale).flatten(-2).to(entries.dtype)
+    return entries
+
+
 # The indexer
 
 
@@ -79,7 +110,12 @@ def _scaled(x: Tensor, block: int, largest: float, amax_floor: float) -> tuple[T
 
 
 def round_fp8(x: Tensor, amax_floor: float) -> Tensor:
-    wide, scale = _scaled(x, x.shape[-1], 448.0, amax_floor)
+    return round_fp8_groups(x, x.shape[-1], amax_floor)
+
+
+def round_fp8_groups(x: Tensor, group: int, amax_floor: float) -> Tensor:
+    """What the activation of a linear layer goes through."""
+    wide, scale = _scaled(x, group, 448.0, amax_floor)
     codes = wide.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
     return (codes.float() * scale).flatten(-2).to(x.dtype)
 

@@ -25,14 +25,20 @@ from torch.fx.node import map_arg
 from ..ops._library import prepare
 from ..options import FusionOptions
 from ..report import NearMiss, Report, Site
-from . import hyper_connection, indexer
+from . import compressor, fp8_linear, hyper_connection, indexer, indexer_scores
 from ._dump import Dump
 from ._pattern import NEAR, Computation, Failure, Fusion, Match, Pattern, cut, find
+from ._picture import Picture
 from ._tidy import tidy
 
 logger = logging.getLogger("dsv4_fusion")
 
-COMPUTATIONS: tuple[Computation, ...] = (*hyper_connection.COMPUTATIONS, *indexer.COMPUTATIONS)
+COMPUTATIONS: tuple[Computation, ...] = (
+    *hyper_connection.COMPUTATIONS,
+    *indexer_scores.COMPUTATIONS,
+    *indexer.COMPUTATIONS,
+    *compressor.COMPUTATIONS,
+)
 _APART = 8  # how many nodes back a joined fusion's other part is looked for
 
 
@@ -48,6 +54,7 @@ class FusionPass(CustomGraphPass):
         on_report: called with the report of every graph.
         before: the user's own ``joint_custom_pre_pass``, run first: a pass, a list of them, or None.
         rewrite: True rewrites on every device, None on CUDA, and on the CPU if ``options.reference``.
+        draw: keep in the report what its HTML form draws.
     """
 
     def __init__(
@@ -56,11 +63,13 @@ class FusionPass(CustomGraphPass):
         on_report: Callable[[Report], None],
         before: Any = None,
         rewrite: bool | None = None,
+        draw: bool = False,
     ) -> None:
         self.options = options
         self.on_report = on_report
         self.before: list[Any] = before if isinstance(before, list) else [before] if before is not None else []
         self.rewrite = rewrite
+        self.draw = draw
 
     def __call__(self, graph: Graph) -> None:
         for own in self.before:
@@ -91,13 +100,15 @@ class FusionPass(CustomGraphPass):
     def fuse(self, graph: Graph, report: Report) -> list[Pattern]:
         """Rewrite the graph, fill the report; return the patterns that matched or nearly did."""
         tidy(graph)
+        picture = Picture(graph, _module_path, _source_line) if self.draw else None
         patterns: list[Pattern] = []
         claimed: set[Node] = set()
         failures: list[Failure] = []
         joints = _Joints()
         order = {node: index for index, node in enumerate(graph.nodes)}
         sites: list[tuple[int, Site]] = []
-        for computation in COMPUTATIONS:
+        asked = fp8_linear.COMPUTATIONS if self.options.fp8_linear is not None else ()
+        for computation in (*COMPUTATIONS, *asked):
             for anchor in graph.find_nodes(op="call_function", target=computation.anchor):
                 if anchor in claimed or "val" not in anchor.meta:
                     continue
@@ -111,14 +122,28 @@ class FusionPass(CustomGraphPass):
                 patterns.append(match.pattern)
                 path, name = _module_path(anchor), match.fusion.name
                 if match.fusion.left_alone is not None:
-                    report.left_alone.append(NearMiss(path, name, match.fusion.left_alone))
+                    entry = NearMiss(path, name, match.fusion.left_alone, _source_line(anchor))
+                    report.left_alone.append(entry)
+                    if picture:
+                        picture.left_alone(entry, match)
                     continue
                 rewrite = self.rewrites(anchor)
-                sites.append((order[anchor], Site(path, name, f"dsv4::{name}", len(match.nodes), rewrite)))
+                site = Site(path, name, f"dsv4::{name}", len(match.nodes), rewrite)
+                sites.append((order[anchor], site))
+                if picture:
+                    picture.site(site, match, replacement[0])
                 claimed |= match.nodes
-                joints.add(match, path, _replace(graph, match, replacement) if rewrite else match.outputs)
+                outputs = _replace(graph, match, replacement) if rewrite else match.outputs
+                joints.add(match, path, outputs)
+                if picture:
+                    picture.replaced(match, outputs)
         report.sites += [site for _, site in sorted(sites, key=lambda entry: entry[0])]
-        report.near_misses += _near_misses(failures, claimed) + joints.near_misses()
+        misses = _near_misses(failures, claimed)
+        report.near_misses += [miss for miss, _ in misses] + joints.near_misses()
+        if picture:
+            for miss, failure in misses:
+                picture.miss(miss, failure)
+            report.drawings.append(picture.finish(graph))
         if report.sites and not all(site.rewritten for site in report.sites):
             report.notes.append("on the CPU matches are left to Inductor; options={'reference': True} rewrites them")
         if (contradiction := indexer.contradiction(graph)) is not None:
@@ -148,7 +173,7 @@ class FusionPass(CustomGraphPass):
                         return result, None
                     if fusion.simplify is not None:
                         result.inputs = fusion.simplify(result.inputs)
-                    replacement = reason or _replacement(result, self.options.implementation)
+                    replacement = reason or _replacement(result, self.options)
                     if not isinstance(replacement, str):
                         return result, replacement
                     result = Failure(fusion, result.nodes, 1.0, replacement, anchor, result.pattern)
@@ -158,13 +183,15 @@ class FusionPass(CustomGraphPass):
         return max(failures, key=lambda failure: failure.share, default=None)
 
 
-def _replacement(match: Match, implementation: str | None) -> Any:
+def _replacement(match: Match, options: FusionOptions) -> Any:
     """The operator's call traced on the match's own inputs, or the reason why it cannot stand for the match."""
     values = [node.meta["val"] for node in match.inputs]
     fake_mode = next(value.fake_mode for value in values if hasattr(value, "fake_mode"))
 
+    keywords = {name: getattr(options, name) for name in (*match.fusion.options, "implementation")}
+
     def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = match.fusion.replacement(*tensors, **match.scalars, **match.constants, implementation=implementation)
+        outputs = match.fusion.replacement(*tensors, **match.scalars, **match.constants, **keywords)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     try:
@@ -225,14 +252,16 @@ def _replace(graph: Graph, match: Match, replacement: tuple[Graph, Node]) -> lis
     return outputs
 
 
-def _near_misses(failures: list[Failure], claimed: set[Node]) -> list[NearMiss]:
+def _near_misses(failures: list[Failure], claimed: set[Node]) -> list[tuple[NearMiss, Failure]]:
     """The failures that hold most of a pattern, without those inside a nearer one."""
     misses = []
     covered = set(claimed)
     for failure in sorted(failures, key=lambda failure: -len(failure.nodes)):
         if failure.share >= NEAR and failure.anchor not in covered:
             covered |= failure.nodes
-            misses.append(NearMiss(_module_path(failure.anchor), failure.fusion.name, failure.reason))
+            source = failure.node is not None and _source_line(failure.node)
+            path, source = _module_path(failure.anchor), source or _source_line(failure.anchor)
+            misses.append((NearMiss(path, failure.fusion.name, failure.reason, source), failure))
     return misses
 
 
@@ -255,11 +284,13 @@ class _Joints:
         for fusion, path, inputs in self.matches:
             for (first, second), name in joined.items():
                 if second == fusion.name and (between := self.between(inputs[0], first)) is not None:
-                    stands = f"between them stands {' and '.join(between)}" if between else "the joined pattern differs"
-                    misses.append(NearMiss(path, name, f"{first} and {second} were fused apart: {stands}"))
+                    steps = " and ".join(f"{step.target} ({step.name})" for step in between)
+                    stands = f"between them stands {steps}" if between else "the joined pattern differs"
+                    source = _source_line(between[0]) if between else ""
+                    misses.append(NearMiss(path, name, f"{first} and {second} were fused apart: {stands}", source))
         return misses
 
-    def between(self, node: Node, producer: str) -> list[str] | None:
+    def between(self, node: Node, producer: str) -> list[Node] | None:
         """The nodes on the way back from ``node`` to an output of ``producer``; None if there is no way."""
         paths: list[tuple[Node, tuple[Node, ...]]] = [(node, ())]
         for _ in range(_APART):
@@ -267,7 +298,7 @@ class _Joints:
             for at, way in paths:
                 at = self.renamed.get(at, at)
                 if self.produced.get(at) == producer:
-                    return [f"{step.target} ({step.name})" for step in reversed(way)]
+                    return list(reversed(way))
                 if at not in self.produced and at.op == "call_function":
                     further += [(source, (*way, at)) for source in at.all_input_nodes]
             paths = further
@@ -288,6 +319,22 @@ def _module_path(node: Node) -> str:
     path = re.sub(r"\._modules\['(.+?)'\]", r".\1", path)
     path = re.sub(r"\[['\"]?(.+?)['\"]?\]", r".\1", path)
     return re.sub(r"^L\.\w+\.?", "", path)
+
+
+def _source_line(node: Node) -> str:
+    """The innermost line of the model's source that the node comes from, as ``folder/file.py:12: code``; or empty."""
+    return _innermost(node.meta.get("stack_trace") or "")
+
+
+@functools.lru_cache(1024)
+def _innermost(stack: str) -> str:
+    frames = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', stack)
+    library = str(Path(torch.__file__).parent)
+    own = [frame for frame in frames if not frame[0].startswith(library)] or frames
+    if not own:
+        return ""
+    file, line, code = own[-1]
+    return f"{'/'.join(Path(file).parts[-2:])}:{line}: {code.strip()}"
 
 
 @functools.cache

@@ -15,6 +15,7 @@ a mismatch, so that a site that holds most of the pattern can be reported with t
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._tidy import tidy
 
-SIZES = {"B": 1009, "S": 1013, "D": 1021, "E": 1019}
+SIZES = {"B": 1009, "S": 1013, "D": 1021, "E": 1019, "K": 997}
 NEAR = 0.6  # a site that holds this share of a pattern's nodes is worth a word when it does not match
 
 
@@ -46,6 +47,7 @@ class Fusion:
         parts: the fusions this one joins; when they match apart although one feeds the other, that is reported.
         refuse: looks at a match beyond its own nodes; returns why it must not be fused, or None.
         left_alone: set on what is recognised and not rewritten yet: why; the report has it, and nothing is replaced.
+        options: the names of the user's options that ``replacement`` takes too.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Fusion:
     simplify: Callable[[list[Node]], list[Node]] | None = None
     refuse: Callable[[Match], str | None] | None = None
     left_alone: str | None = None
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class Failure:
     reason: str
     anchor: Node
     pattern: Pattern
+    node: Node | None = None  # the graph's node that differs, or has an extra user
 
 
 @functools.cache
@@ -193,9 +197,13 @@ def _value(argument: Any) -> Any:
     return argument.meta.get("val", argument) if isinstance(argument, Node) else argument
 
 
+def _operator(node: Node) -> str:
+    return "getitem" if node.target is operator.getitem else str(node.target)
+
+
 def _text(thing: Any) -> str:
     if isinstance(thing, Node):
-        return f"{thing.target} ({thing.name})" if thing.op == "call_function" else f"{thing.op} {thing.name}"
+        return f"{_operator(thing)} ({thing.name})" if thing.op == "call_function" else f"{thing.op} {thing.name}"
     return str(thing)
 
 
@@ -208,7 +216,7 @@ class _Matcher:
         self.found: dict[Node, Node] = {}  # of the pattern: of the graph
         self.scalars: dict[str, float] = {}
         self.sizes: list[tuple[Node, str, int, Any]] = []  # compared once the sizes are known from the inputs
-        self.failures: list[tuple[int, str]] = []
+        self.failures: list[tuple[int, str, Any]] = []  # order in the pattern, reason, the graph's node
         self.names = {value: name for name, value in pattern.trace.scalars.items()}
 
     def run(self) -> Match | Failure:
@@ -221,8 +229,10 @@ class _Matcher:
             self.check_inputs()
             self.check_users(covered)
         if self.failures or share < 1:
-            _, reason = min(self.failures, key=lambda failure: failure[0], default=(0, "the pattern is not connected"))
-            return Failure(self.pattern.fusion, covered, share, reason, self.anchor, self.pattern)
+            apart = (0, "the pattern is not connected", None)
+            _, reason, node = min(self.failures, key=lambda failure: failure[0], default=apart)
+            node = node if isinstance(node, Node) else None
+            return Failure(self.pattern.fusion, covered, share, reason, self.anchor, self.pattern, node)
         inputs = {name: self.found[node] for node, name in self.pattern.inputs.items()}
         return Match(
             self.pattern.fusion,
@@ -235,8 +245,8 @@ class _Matcher:
             self.pattern,
         )
 
-    def fail(self, expected: Node, reason: str) -> None:
-        self.failures.append((self.order.get(expected, -1), reason))
+    def fail(self, expected: Node, reason: str, node: Any = None) -> None:
+        self.failures.append((self.order.get(expected, -1), reason, self.found.get(expected) if node is None else node))
 
     def bind(self, expected: Node, node: Any) -> None:
         """``expected`` is ``node``: compare the two, then their arguments."""
@@ -245,7 +255,7 @@ class _Matcher:
             expected, node = stack.pop()
             if expected in self.found:
                 if self.found[expected] is not node:
-                    self.fail(expected, f"expected {_text(self.found[expected])} again, found {_text(node)}")
+                    self.fail(expected, f"expected {_text(self.found[expected])} again, found {_text(node)}", node)
                 continue
             if not isinstance(node, Node):
                 self.fail(expected, f"expected {_text(expected)}, found the constant {node}")
@@ -254,10 +264,10 @@ class _Matcher:
                 self.found[expected] = node
                 continue
             if node.op != "call_function" or node.target is not expected.target:
-                self.fail(expected, f"expected {expected.target}, found {_text(node)}")
+                self.fail(expected, f"expected {_operator(expected)}, found {_text(node)}", node)
                 continue
             if node in self.claimed:
-                self.fail(expected, f"{_text(node)} belongs to another fusion already")
+                self.fail(expected, f"{_text(node)} belongs to another fusion already", node)
                 continue
             self.found[expected] = node
             stack.extend(self.arguments(expected, node))
@@ -271,11 +281,12 @@ class _Matcher:
                 pairs.append((want, got))
             elif isinstance(want, list | tuple) and isinstance(got, list | tuple):
                 if len(want) != len(got):
-                    self.fail(expected, f"{_text(node)}: {where} has {len(got)} items, expected {len(want)}")
+                    reason = f"{_text(node)}: {where} has {len(got)} items, expected {len(want)}"
+                    self.fail(expected, reason, node)
                 for left, right in zip(want, got, strict=False):
                     compare(left, right, where)
             elif (reason := self.constant(expected, want, _value(got), where)) is not None:
-                self.fail(expected, f"{_text(node)}: {reason}")
+                self.fail(expected, f"{_text(node)}: {reason}", node)
 
         compare(expected.args, node.args, "arguments")
         for key in expected.kwargs.keys() | node.kwargs.keys():
@@ -302,7 +313,7 @@ class _Matcher:
         """Bind nodes of the pattern that use a node already found; False when nothing was added."""
         before = len(self.found)
         for expected in self.pattern.nodes:
-            if expected in self.found or any(index == self.order[expected] for index, _ in self.failures):
+            if expected in self.found or any(index == self.order[expected] for index, *_ in self.failures):
                 continue
             known = next(
                 (a for a in expected.all_input_nodes if a in self.found and a not in self.pattern.inputs), None
@@ -317,9 +328,8 @@ class _Matcher:
                 self.bind(expected, users[0])  # records what differs
             else:
                 got = ", ".join(_text(user) for user in self.found[known].users)
-                self.fail(
-                    expected, f"expected {expected.target} of {_text(self.found[known])}, found {got or 'no user'}"
-                )
+                at = self.found[known]
+                self.fail(expected, f"expected {_operator(expected)} of {_text(at)}, found {got or 'no user'}", at)
         return len(self.found) > before
 
     def join(self) -> bool:
@@ -327,14 +337,16 @@ class _Matcher:
         found = [self.found[node] for node in self.pattern.outputs if node in self.found]
         users = {user for node in found for user in node.users}
         for expected in self.pattern.outputs if found else ():
-            if expected in self.found or any(index == self.order[expected] for index, _ in self.failures):
+            if expected in self.found or any(index == self.order[expected] for index, *_ in self.failures):
                 continue
             beside = {node for user in users for node in user.all_input_nodes if node.target is expected.target}
             fitting = [node for node in beside if self.fits(expected, node)]
             if len(fitting) == 1:
                 self.bind(expected, fitting[0])
                 return True
-            self.fail(expected, f"expected one {expected.target} beside {_text(found[0])}, found {len(fitting)}")
+            self.fail(
+                expected, f"expected one {_operator(expected)} beside {_text(found[0])}, found {len(fitting)}", found[0]
+            )
         return False
 
     def fits(self, expected: Node, node: Node) -> bool:
@@ -358,18 +370,15 @@ class _Matcher:
         def expected_size(value: int) -> Any:
             factor, names = _size(value)
             for name in names:
-                factor = factor * bound[name]
+                factor = factor * bound.get(name, 0)
             return factor
 
         def shape(tensor: torch.Tensor) -> str:
-            return str(
-                [
-                    size
-                    if not _size(size)[1]
-                    else "·".join([*([str(_size(size)[0])] if _size(size)[0] != 1 else []), *_size(size)[1]])
-                    for size in tensor.shape
-                ]
-            )
+            sizes = [_size(size) for size in tensor.shape]
+            products = [
+                "·".join([*([str(factor)] if factor != 1 or not names else []), *names]) for factor, names in sizes
+            ]
+            return f"[{', '.join(products)}]"
 
         for expected, name in self.pattern.inputs.items():
             want, got = expected.meta["val"], self.found[expected].meta.get("val")
@@ -385,6 +394,10 @@ class _Matcher:
                 factor, names = _size(size)
                 if factor == 1 and len(names) == 1:
                     bound.setdefault(names[0], actual)
+        for _, _, value, actual in self.sizes:  # a size that no input has is what it is where it first occurs
+            factor, names = _size(value)
+            if factor == 1 and len(names) == 1 and not isinstance(actual, Node):
+                bound.setdefault(names[0], actual)
         for expected, name in self.pattern.inputs.items():
             want, got = expected.meta["val"], self.found[expected].meta["val"]
             for size, actual in zip(want.shape, got.shape, strict=True):

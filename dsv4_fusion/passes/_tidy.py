@@ -12,23 +12,36 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = ops.aten
+_END = 2**63 - 1  # of a slice that goes to the end
 
 
 def tidy(graph: Graph) -> None:
     """Remove aliases, and views that only functionalization's scatters have made; the graph computes the same."""
     for node in graph.find_nodes(op="call_function", target=aten.alias.default):
         _stand_in(node, node.args[0])
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        if _everything(node.args[2:]) and _same_shape(node, node.args[0]):
+            _stand_in(node, node.args[0])
     for node in graph.find_nodes(op="call_function", target=aten.slice_scatter.default):
+        if _everything(node.args[3:]) and _same_shape(node, node.args[1]):
+            _stand_in(node, node.args[1])
+            continue
         base, written = node.args[:2]
         if isinstance(written, Node) and written.target is aten.copy.default:
             old = written.args[0]
             if old.target is aten.slice.Tensor and _same_view(old.args[0], base):
                 node.replace_input_with(base, old.args[0])
         _unwind(node, node)
-    for target in (aten.alias.default, aten.view.default):
+    for target in (aten.alias.default, aten.slice_scatter.default, aten.view.default, aten.slice.Tensor):
         for node in reversed(graph.find_nodes(op="call_function", target=target)):
             if not node.users:
                 graph.erase_node(node)
+
+
+def _everything(bounds: tuple) -> bool:
+    """Whether a slice from, to, by these leaves nothing out; a graph with symbolic sizes is full of them."""
+    start, end, step = (*bounds, *(0, _END, 1)[len(bounds) :])
+    return start in (0, None) and end in (_END, None) and step == 1
 
 
 def _stand_in(node: Node, replacement: Node) -> None:

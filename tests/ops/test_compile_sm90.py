@@ -128,6 +128,7 @@ def compile_triton(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     triton = pytest.importorskip("triton", reason="triton is not installed")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     if triton.knobs.runtime.interpret:
         pytest.skip("kernels are interpreted here")
@@ -151,8 +152,13 @@ def compile_triton(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = POINTERS[value.dtype]
                 attributes[(index,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, TensorDescriptor):
+                dtype = POINTERS[value.base.dtype].removeprefix("*")
+                signature[parameter.name] = f"tensordesc<{dtype}{value.block_shape}>"
             else:
                 signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+                if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         cubin = compiled.asm["cubin"]

@@ -25,16 +25,22 @@ LENGTH = 24
 
 
 def run(function: Callable, *args, dynamic: bool | None = None) -> tuple[Report, object]:
-    """The report of one graph, and what the graph computes after the pass, without code generation."""
+    """The report of one graph, and what the graph computes after the pass, without code generation.
+
+    The keys' compressor is left as it is: it rounds less than eager, and these tests are of the queries' exact bits.
+    """
     from dsv4_fusion.backend import _compile
+    from dsv4_fusion.passes import _manager, compressor
 
     reports: list[Report] = []
 
     def backend(gm, inputs):
         return _compile(gm, inputs, FusionOptions(reference=True), {}, reports.append, run_graph=True)
 
+    searched = [each for each in _manager.COMPUTATIONS if each not in compressor.COMPUTATIONS]
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_manager, "COMPUTATIONS", tuple(searched))
         result = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*args)
     torch._dynamo.reset()
     (report,) = reports
