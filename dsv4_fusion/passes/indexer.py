@@ -279,14 +279,25 @@ def _hugging_face(structure: Queries) -> Trace:
     return Trace(function, tensors, {"softmax_scale": 0.0531, "weights_scaling": 0.0747}, frozenset())
 
 
+def _rotated_queries(product: Node) -> tuple[Node, int, int] | None:
+    """Of a product with queries [.., d] on its left: where those that are not rotated and those that are were joined,
+    and how many there are of both and of the latter. None in another model's graph, where something else is joined."""
+    joined = _nearest(product.args[0], _is(aten.cat.default), 32)
+    if joined is None or not isinstance(joined.args[0][-1], Node):
+        return None
+    d, rope = joined.meta["val"].shape[-1], joined.args[0][-1].meta["val"].shape[-1]
+    pairs = isinstance(rope, int) and rope > 0 and rope % 2 == 0
+    return (joined, d, rope) if pairs and d == product.args[0].meta["val"].shape[-1] else None
+
+
 def _hugging_face_sites(node: Node) -> Iterator[Queries]:
     """``node`` is the relu of fp32 scores [B, S, H, E]."""
     value, product = node.meta["val"], _nearest(node, _is(aten.bmm.default), 12)
     if _modeling() is None or product is None or value.dim() != 4 or not isinstance(value.shape[2], int):
         return
-    joined = _nearest(product.args[0], _is(aten.cat.default), 32)
-    if joined is not None and isinstance(joined.args[0][-1], Node):  # the dims that are not rotated, those that are
-        d, rope = joined.meta["val"].shape[-1], joined.args[0][-1].meta["val"].shape[-1]
+    found = _rotated_queries(product)
+    if found is not None:
+        joined, d, rope = found
         dtype, single = joined.meta["val"].dtype, _single(value)
         for shared in (False,) if single[0] else (True, False):  # position_ids of the model's own, or of each request
             yield Queries(value.shape[2], d, rope, False, False, None, dtype, single=single, shared_table=shared)

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .. import ops
 from ..ops._indexer import hadamard_ref, quantise_fp8_ref, quantise_mxfp4_ref
 from ._pattern import SIZES, Computation, Fusion, Trace
-from .indexer import _is, _modeling, _nearest, _single
+from .indexer import _is, _modeling, _nearest, _rotated_queries, _single
 
 aten = torch.ops.aten
 _FAR = 12  # nodes from the relu to the top-k, and from there to the limit
@@ -118,13 +118,12 @@ def _sites(node: Node) -> Iterator[Choice]:
     value, product = node.meta["val"], _nearest(node, _is(aten.bmm.default), 12)
     if _modeling() is None or product is None or value.dim() != 4 or not isinstance(value.shape[2], int):
         return
-    joined = _nearest(product.args[0], _is(aten.cat.default), 32)
-    best = _nearest_user(node, aten.topk.default)
-    if joined is None or not isinstance(joined.args[0][-1], Node) or best is None:
+    found, best = _rotated_queries(product), _nearest_user(node, aten.topk.default)
+    if found is None or best is None:
         return
-    d, rope = joined.meta["val"].shape[-1], joined.args[0][-1].meta["val"].shape[-1]
+    joined, d, rope = found
     divided = _nearest(best, lambda at: at.target in _DIVISIONS, 64)
-    if divided is None or joined.meta["val"].dtype != torch.bfloat16 or not isinstance(rope, int):
+    if divided is None or joined.meta["val"].dtype != torch.bfloat16:
         return
     ratio = divided.args[1]
     top_k, fewer = _chosen(best.args[1])
