@@ -122,10 +122,23 @@ def _hugging_face(structure: Windows) -> Trace:
     return Trace(function, tensors, _SCALARS, frozenset(), constants)
 
 
+def _with_rows(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``operator`` for cos and sin of any strides; those of transformers 5.17 are transposed."""
+
+    def replacement(kv, gate, position_bias, norm_weight, cos, sin, *rest, **options):
+        angles = cos.contiguous(), sin.contiguous()
+        return operator(kv, gate, position_bias, norm_weight, *angles, *rest, **options)
+
+    return replacement
+
+
+_CSA, _HCA = _with_rows(ops.compress_csa), _with_rows(ops.compress_hca)
+
+
 def _keeping(kv: Tensor, gate: Tensor, position_bias: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """The operator, and what the cache keeps of the last window: the first series, the gates with their bias."""
     ratio, d = position_bias.shape[0], rest[0].shape[0]
-    entries = ops.compress_csa(kv, gate, position_bias, *rest, **options)
+    entries = _CSA(kv, gate, position_bias, *rest, **options)
     return entries, kv[:, -ratio:, :d].clone(), gate[:, -ratio:, :d] + position_bias[:, :d]
 
 
@@ -248,11 +261,11 @@ _INPUTS = (*_ROWS, "cos", "sin")
 _KEPT = ("entries", "kept_kv", "kept_gate")
 
 COMPRESS_CSA = {
-    "none": (Fusion("compress_csa", _INPUTS, ("entries",), ops.compress_csa),),
+    "none": (Fusion("compress_csa", _INPUTS, ("entries",), _CSA),),
     "kept": (Fusion("compress_csa", _INPUTS, _KEPT, _keeping),),
     "carried": (Fusion("compress_csa", (*_INPUTS, "overlap_kv", "overlap_gate"), _KEPT, _keeping),),
 }
-COMPRESS_HCA = (Fusion("compress_hca", _INPUTS, ("entries",), ops.compress_hca),)
+COMPRESS_HCA = (Fusion("compress_hca", _INPUTS, ("entries",), _HCA),)
 DEEPSEEK = {
     name: tuple(
         Fusion(name, (*_ROWS, "table"), (out,), _complex(operator, out == "entries")) for out in ("entries", "rotated")
