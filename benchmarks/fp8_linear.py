@@ -1,4 +1,4 @@
-"""FP8 linear layers against ``torch._scaled_mm``, Inductor, bf16, dequantised weights, quack, and the floor.
+"""FP8 linear layers against ``torch._scaled_mm``, Inductor, bf16, dequantised weights, and the floor.
 
 ``scaled_mm_fp8`` is the product of codes that are there; ``fp8_linear`` begins with the bf16 activation. Graph replay
 (warm L2) up to 1,024 tokens, single launches with L2 flushed at 4,096. The floor of a product is the larger of its
@@ -65,25 +65,6 @@ def inductor_linear(x: torch.Tensor, wq: torch.Tensor, w_scale: torch.Tensor) ->
     return torch._scaled_mm(xq, wq.t(), scale, w_scale.t(), out_dtype=bf16)
 
 
-def quack(t: dict[str, Any]) -> Callable[[], object] | None:
-    """quack's product with scales per token and channel, where its interface has one."""
-    try:
-        module = importlib.import_module("quack.gemm_interface")
-        gemm = module.gemm
-    except (ImportError, AttributeError):
-        return None
-
-    def call() -> object:
-        return gemm(t["xq"], t["wq"].t(), out_dtype=bf16)
-
-    try:
-        call()
-    except Exception as error:  # whatever it does not take
-        print(f"skipped: quack: {error}")
-        return None
-    return call
-
-
 def floor(m: int, n: int, k: int, copy: float, tflops: float, bf16_input: bool) -> float:
     moved = m * k * (2 if bf16_input else 1) + n * k + 2 * m * n
     return max(moved / copy * 1e-6, 2 * m * n * k / (2 * tflops) * 1e-6)
@@ -145,8 +126,6 @@ def measure(arguments: argparse.Namespace, rows: list[dict]) -> None:
                 add("quantize_fp8", "ours", lambda: ops.quantize_fp8(t["x"], scaling=scaling), at)
                 if scaling == "token":
                     add("scaled_mm_fp8", "torch._scaled_mm", lambda: torch_scaled_mm(t), at)
-                    if (call := quack(t)) is not None:
-                        add("scaled_mm_fp8", "quack (unscaled)", call, at)
                     if compiled is not None:
                         add("fp8_linear", "inductor", lambda: compiled(*linear), at)
                 add("fp8_linear", "bf16 linear", lambda: F.linear(t["x"], t["w"]), at)

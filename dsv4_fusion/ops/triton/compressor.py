@@ -91,8 +91,8 @@ def compress(
             gate = tl.where(before, wide(tl.load(overlap_gate_ptr + offset, mask=before, other=0.0)), gate)
             offset = (line_batch * overlap_kv_batch_stride + row * overlap_kv_stride)[:, None] + column
             kv = tl.where(before, wide(tl.load(overlap_kv_ptr + offset, mask=before, other=0.0)), kv)
-        values = values + (kv,)  # noqa: RUF005
-        gates = gates + (gate,)  # noqa: RUF005
+        values = values + (kv,)  # noqa: RUF005 (Triton unpacks no tuple)
+        gates = gates + (gate,)  # noqa: RUF005 (Triton unpacks no tuple)
     pooled = pool(values, gates, STEPS, G, WIN, COLS)
     last = True
     if SPLITS > 1:

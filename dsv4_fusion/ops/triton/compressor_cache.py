@@ -142,8 +142,8 @@ def insert(
                     old_ptr = (state_ptr + page * state_stride + (then % N) * (2 * SERIES * D))[:, None] + shifted
                     gate = tl.where(inside, gate, tl.load(old_ptr + SERIES * D, mask=old, other=float("-inf")))
                     kv = tl.where(inside, kv, tl.load(old_ptr, mask=old, other=0.0))
-                    values = values + (kv,)  # noqa: RUF005
-                    gates = gates + (gate,)  # noqa: RUF005
+                    values = values + (kv,)  # noqa: RUF005 (Triton unpacks no tuple)
+                    gates = gates + (gate,)  # noqa: RUF005 (Triton unpacks no tuple)
                 pooled = pool(values, gates, STEPS, G, 1, COLS)
                 last = True
                 if SPLITS > 1:

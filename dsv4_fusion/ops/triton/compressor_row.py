@@ -59,7 +59,7 @@ def _sum(terms, STEPS: tl.constexpr, G: tl.constexpr, WIN: tl.constexpr, COLS: t
     for level in tl.static_range(LEVELS):
         sums = ()
         for step in tl.static_range(STEPS >> (level + 1)):
-            sums = sums + (terms[step] + terms[step + (STEPS >> (level + 1))],)  # noqa: RUF005
+            sums = sums + (terms[step] + terms[step + (STEPS >> (level + 1))],)  # noqa: RUF005 (Triton unpacks no tuple)
         terms = sums
     x = terms[0]
     ROW_LEVELS: tl.constexpr = tl.constexpr(G.bit_length() - 1)
@@ -82,8 +82,8 @@ def pool(kv, gate, STEPS: tl.constexpr, G: tl.constexpr, WIN: tl.constexpr, COLS
     products = ()
     for step in tl.static_range(STEPS):
         weight = exponential(gate[step] - largest)
-        weights = weights + (weight,)  # noqa: RUF005
-        products = products + (weight * kv[step],)  # noqa: RUF005
+        weights = weights + (weight,)  # noqa: RUF005 (Triton unpacks no tuple)
+        products = products + (weight * kv[step],)  # noqa: RUF005 (Triton unpacks no tuple)
     return tl.div_rn(_sum(products, STEPS, G, WIN, COLS), _sum(weights, STEPS, G, WIN, COLS))
 
 
