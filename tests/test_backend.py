@@ -280,66 +280,66 @@ def test_options_are_frozen():
 # Caches
 
 CACHED = """
-import json, sys
+import json, pathlib, sys
 import torch
+import torch._inductor.utils
 import dsv4_fusion
+from torch._dynamo.utils import counters
+from examples.deepseek import Config, HyperConnection, hc_pre
 reports = []
 sys.modules["dsv4_fusion.backend"]._log_report = reports.append
-from torch._dynamo.utils import counters
-from transformers import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
-net = DeepseekV4HyperConnection(DeepseekV4Config(hidden_size=32, hc_sinkhorn_iters=3)).eval()
-options = {"reference": True, "strict": %d}
-with torch.no_grad():
-    torch.compile(net, backend="dsv4_fusion", options=options)(torch.zeros(2, 3, 4, 32))
-for made in reports:
-    print(json.dumps([made.cached, made.as_dict()]))
-print(counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"])
+net = HyperConnection(Config.tiny(dim=32, hc_sinkhorn_iters=3)).requires_grad_(False)
+for step in sys.argv[2:]:
+    if step == "lost":
+        (table,) = pathlib.Path(sys.argv[1], "dsv4_fusion").iterdir()
+        table.unlink()
+        continue
+    counters.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(hc_pre, backend="dsv4_fusion", options={"reference": True, "strict": int(step)})
+    with torch.no_grad():
+        compiled(net, torch.zeros(2, 3, 4, 32))
+    report = reports.pop()
+    hits = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+    print(json.dumps([hits, report.cached, report.as_dict()]))
 """
 
 
-def cache_hits(cache: Path, strict: int, package: Path = ROOT) -> int:
-    return int(cached_run(cache, strict, package)[-1])
+def cached_run(cache: Path, *steps: str, package: Path = ROOT) -> list[list]:
+    """In a process of its own, for each compile with ``strict=<step>``: cache hits, whether the report is of then, it.
 
-
-def cached_run(cache: Path, strict: int = 0, package: Path = ROOT) -> list[str]:
-    """Its lines: a report for each graph, and how many were found in the cache."""
+    The step "lost" removes the kept reports.
+    """
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": prepend(package)}
-    command = [sys.executable, "-c", CACHED % strict]
+    command = [sys.executable, "-c", CACHED, str(cache), *steps]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=package)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def prepend(package: Path) -> str:
     return os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def test_a_second_process_hits_the_cache_and_a_change_misses_it(tmp_path):
-    assert cache_hits(tmp_path / "cache", 0) == 0
-    assert cache_hits(tmp_path / "cache", 0) > 0
-    assert cache_hits(tmp_path / "cache", 1) == 0  # another option
-    changed = tmp_path / "changed"
-    shutil.copytree(ROOT / "dsv4_fusion", changed / "dsv4_fusion")
+def test_another_process_hits_the_cache_and_a_change_misses_it(tmp_path):
+    """What is hit reports what was fused in it; where that is lost, how to get it."""
+    cache, changed = tmp_path / "cache", tmp_path / "changed"
+    ((hits, cached, table),) = cached_run(cache, "0")
+    assert not hits and not cached and table["counts"] == {"hc_pre": 1}
+    (same, lost, option) = cached_run(cache, "0", "lost", "0", "1")
+    hits, cached, again = same
+    assert hits and cached and again == table | {"cached": True}
+    hits, cached, unknown = lost
+    assert hits and cached and not unknown["sites"]
+    (note,) = unknown["notes"]
+    assert "out of Inductor's cache" in note and "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1" in note
+    assert option[:2] == [0, False]
+    for part in ("dsv4_fusion", "examples"):
+        shutil.copytree(ROOT / part, changed / part)
     with (changed / "dsv4_fusion" / "passes" / "_pattern.py").open("a") as source:
         source.write("# a change\n")
-    assert cache_hits(tmp_path / "cache", 0, changed) == 0  # another source
-
-
-def test_code_out_of_the_cache_reports_what_was_fused_in_it(tmp_path):
-    """In another process: the same table; and where it is gone or broken, how to get one."""
-    (first, misses), (second, hits) = cached_run(tmp_path), cached_run(tmp_path)
-    assert int(misses) == 0 and int(hits) > 0
-    (fresh, table), (cached, same) = json.loads(first), json.loads(second)
-    assert not fresh and cached and table["counts"] == {"hc_pre": 1}
-    assert same == table | {"cached": True}
-    (file,) = (tmp_path / "dsv4_fusion").iterdir()
-    file.unlink()
-    line, hits = cached_run(tmp_path)
-    cached, table = json.loads(line)
-    assert int(hits) > 0 and cached and not table["sites"]
-    (note,) = table["notes"]
-    assert "out of Inductor's cache" in note and "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1" in note
+    ((hits, cached, _),) = cached_run(cache, "0", package=changed)
+    assert not hits and not cached
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,13 @@ from examples.model import model
 CSA, HCA = {"compress_csa": 2}, {"compress_hca": 1}
 
 
+@pytest.fixture(autouse=True)
+def constant_floats():
+    """PyTorch makes symbols of a dynamic graph's floats, and when it gives up on them it traces everything again."""
+    with torch._dynamo.config.patch(specialize_float=True):
+        yield
+
+
 @functools.cache
 def net(dtype: torch.dtype) -> torch.nn.Module:
     return model("tiny", 4, dtype)

@@ -19,6 +19,13 @@ modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepsee
 DIM, LORA, HEADS = 48, 24, 4
 
 
+@pytest.fixture(autouse=True)
+def constant_floats():
+    """PyTorch makes symbols of a dynamic graph's floats, and when it gives up on them it traces everything again."""
+    with torch._dynamo.config.patch(specialize_float=True):
+        yield
+
+
 def run(
     function: Callable, *args, dynamic: bool | None = None, compressor: bool = False, **options
 ) -> tuple[Report, Tensor]:
