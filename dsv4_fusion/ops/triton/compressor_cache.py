@@ -190,7 +190,7 @@ def insert(
                     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["pages", "max_length"])
+@triton.jit(do_not_specialize=["table_stride", "pages", "max_length"])
 def load(
     cache_ptr,
     table_ptr,

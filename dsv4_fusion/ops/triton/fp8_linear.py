@@ -52,7 +52,7 @@ def largest_of_part(x_ptr, partial_ptr, rows, columns, row_stride, BLOCK: tl.con
     tl.store(partial_ptr + tl.program_id(0), tl.max(largest, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "scale_group"])
 def quantise(
     x_ptr,
     partial_ptr,
@@ -175,7 +175,7 @@ def load_scale(ptr, offset, mask, E8M0: tl.constexpr):
         return tl.load(ptr + offset, mask=mask, other=1.0)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "x_scale_stride"])
 def multiply(
     x_desc,
     w_desc,

@@ -95,7 +95,7 @@ def _from_e2m1(code):
     return _signed(magnitude, (code & 8) << 28)
 
 
-@triton.jit(do_not_specialize=["pages", "max_length"])
+@triton.jit(do_not_specialize=["table_stride", "pages", "max_length"])
 def load(
     cache_ptr,
     table_ptr,

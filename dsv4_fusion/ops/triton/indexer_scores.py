@@ -20,6 +20,7 @@ from .indexer_row import rounded, widen
 from .indexer_select import select
 
 QUERIES = 16  # a program, at most: so many share the load of its keys
+MOST = 512  # keys chosen, in V4-Flash; short sequences have fewer, and no kernel of their own
 PROGRAMS = 528  # wanted at least, four for each multiprocessor of an H200
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter multiplies bf16 as integers
 BF16, FP8, MXFP4 = (tl.constexpr(format) for format in range(3))
@@ -137,7 +138,10 @@ def _products(k, q):
         return tl.dot(k, tl.trans(q))
 
 
-@triton.jit(do_not_specialize=["S", "length", "pages", "group", "add", "divide"])
+_OF_COUNTS = ["k_scale_batch", "table_batch", "start_batch", "end_batch", "out_batch", "out_token"]
+
+
+@triton.jit(do_not_specialize=[*_OF_COUNTS, "S", "length", "pages", "group", "add", "divide"])
 def score(
     q_ptr,
     q_scale_ptr,
@@ -158,6 +162,7 @@ def score(
     k_scale_batch,
     w_batch,
     w_token,
+    table_batch,
     start_batch,
     end_batch,
     end_token,
@@ -178,12 +183,16 @@ def score(
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
     STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Names that end in _batch, _token, _head, _row are strides. A query sees keys before (end + add) // divide.
 
-    With PAGE, k is the cache: ``k_batch`` is then its table's stride and ``k_row`` the stride of its pages. H is
-    padded to HEADS, a group of queries to QUERIES.
+    With PAGE, k is the cache and ``k_row`` the stride of its pages. H is padded to HEADS, a group of queries to
+    QUERIES. ALIGNED: rows of the output are 16 scores apart, or a multiple of that.
     """
+    if ALIGNED:
+        out_batch = tl.multiple_of(out_batch, 16)
+        out_token = tl.multiple_of(out_token, 16)
     WIDTH: tl.constexpr = D // 2 if FORMAT == MXFP4 else D
     tile = tl.program_id(0)
     first = tl.program_id(1) * group
@@ -207,7 +216,7 @@ def score(
     if (tile * KEYS < highest) & ((tile + 1) * KEYS > lowest):
         seen = (key < highest) & (key >= lowest)
         if PAGE > 0:
-            page = tl.load(table_ptr + batch * k_batch + key // PAGE, mask=seen, other=-1).to(tl.int64)
+            page = tl.load(table_ptr + batch * table_batch + key // PAGE, mask=seen, other=-1).to(tl.int64)
             seen = seen & (page >= 0) & (page < pages)
             page_ptr = k_ptr + tl.where(seen, page, 0) * k_row
             rows = page_ptr + key % PAGE * WIDTH
@@ -286,12 +295,12 @@ def _launch(q, q_scale, k, k_scale, weights, start, end, end_token, table, out, 
     score[(tiles, triton.cdiv(queries, group), batch)](
         q, q_scale, k, k_scale, weights, start, end, table, out,
         q.stride(0), q.stride(1), q.stride(2), stride(q_scale, 0), stride(q_scale, 1),
-        table.stride(0) if page else k.stride(0), k.stride(0) if page else k.stride(1), stride(k_scale, 0),
-        weights.stride(0), weights.stride(1), stride(start, 0), stride(end, 0), end_token,
-        out.stride(0), out.stride(1), queries, length, k.shape[0], group, add, divide,
+        0 if page else k.stride(0), k.stride(0) if page else k.stride(1), stride(k_scale, 0),
+        weights.stride(0), weights.stride(1), table.stride(0) if page else 0, stride(start, 0), stride(end, 0),
+        end_token, out.stride(0), out.stride(1), queries, length, k.shape[0], group, add, divide,
         heads, max(16, triton.next_power_of_2(heads)), width * (2 if format == 2 else 1), format,
         format == 1 and has_e4m3(q.device), page, keys, 4 if page else QUERIES, 3,
-        num_warps=warps,
+        out.stride(0) % 16 == 0 and out.stride(1) % 16 == 0, num_warps=warps,
     )  # fmt: skip
 
 
@@ -343,7 +352,7 @@ def best(
     chosen = batched(out, 3)
     q, k, weights, q_scale, k_scale, start, end = ragged(q, k, weights, q_scale, k_scale, start, end, positions)
     (batch, queries), length = q.shape[:2], k.shape[1]
-    width = triton.cdiv(length, 4) * 4  # rows of the workspace begin at 16 bytes
+    width = triton.cdiv(length, 16) * 16  # whatever the length, rows begin where Triton expects it of all or of none
     some = max(1, min(batch * queries, workspace // max(1, 4 * width)))
     sequences = max(1, some // queries)  # at a time, or a part of one
     some = min(some, queries)
@@ -366,8 +375,7 @@ def best(
             scores_into(into, *tensors, positions is not None, ratio)
             select[(rows.shape[1], rows.shape[0])](
                 into, rows, into.stride(0), into.stride(1), rows.stride(0), length, top_k,
-                max(16, triton.next_power_of_2(top_k)), min(4096, max(128, triton.next_power_of_2(length))),
-                num_warps=4,
+                max(MOST, triton.next_power_of_2(top_k)), 1024 if length <= 1024 else 4096, num_warps=4,
             )  # fmt: skip
     return out
 

@@ -24,7 +24,7 @@ def _scores(row_ptr, begin, length, BLOCK: tl.constexpr):
     return _ordered(tl.load(row_ptr + index, mask=index < length, other=float("-inf")))
 
 
-@triton.jit(do_not_specialize=["length", "top_k"])
+@triton.jit(do_not_specialize=["out_batch", "length", "top_k"])
 def select(
     scores_ptr,
     out_ptr,
