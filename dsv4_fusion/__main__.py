@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -186,7 +187,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     layers = net.config.num_hidden_layers
     parameters = sum(parameter.numel() for parameter in net.parameters())
     size = "1 layer" if layers == 1 else f"{layers} layers"
-    with _progress(f"tracing {size}"):
+    with _progress(f"tracing {size}"), _collecting_rarely():
         report = explain(net, torch.zeros(1, arguments.tokens, dtype=torch.long, device="meta"), use_cache=False)
     if arguments.html is not None:
         try:
@@ -270,7 +271,7 @@ def _warmup(arguments: argparse.Namespace) -> int:
     problem = None if torch.cuda.is_available() else f"kernels are compiled for the GPU of this machine: {no_gpu()}"
     work, results = list[Call](), list[dict[str, Any]]()
     if problem is None:
-        with _progress("tracing"):
+        with _progress("tracing"), _collecting_rarely():
             work = calls(meta_model(fields))
         problem = None if work else "nothing in this model is fused: see python -m dsv4_fusion explain"
     if problem is None:
@@ -308,6 +309,17 @@ class _Bar:
         start = "\r\x1b[K" if self.terminal else ""
         bar = "#" * full + "-" * (30 - full)
         print(f"{start}[{bar}] {self.count}/{self.total} {what}", end=end, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _collecting_rarely() -> Iterator[None]:
+    """Python looks for garbage less often: a graph that is traced has millions of objects, and hardly one dies."""
+    usual = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 @contextlib.contextmanager

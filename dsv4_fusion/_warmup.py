@@ -1,18 +1,21 @@
 """What ``python -m dsv4_fusion warmup`` does: compile every kernel that a model's fused operators can need.
 
-The calls are read off the model itself, traced on the meta device with a number of tokens that is a large prime: what
-that prime divides is a size that depends on the tokens. Then each call is made on the GPU with few tokens and with
-many, in processes of its own, which leaves the compiled code in the languages' caches on disk.
+The calls are read off the model itself, one layer of each kind, traced on the meta device: a prompt, and what follows
+on it with a cache. The number of tokens there has a large prime in it, and what that divides is a size that depends on
+the tokens. Then each call is made on the GPU with few tokens and with many, in processes of its own, which leaves the
+compiled code in the languages' caches on disk.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,20 +23,21 @@ import torch
 from .backend import explain
 from .ops import _library
 
-TRACED = 521  # tokens; a prime that divides no size of a model
+PRIME = 521  # divides no size of a model
+TRACED = 128 * PRIME  # tokens: windows come out even
 NOT_KEPT = ("cutedsl",)  # the languages whose compiled code is not kept on disk
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor argument: every size and stride as (factor, whether it is multiplied by the number of tokens)."""
+    """A tensor argument. A size or stride is (n, 0), a constant, or (n, m): n for every m tokens."""
 
-    shape: tuple[tuple[int, bool], ...]
-    stride: tuple[tuple[int, bool], ...]
+    shape: tuple[tuple[int, int], ...]
+    stride: tuple[tuple[int, int], ...]
     dtype: torch.dtype
 
     def make(self, tokens: int, device: str) -> torch.Tensor:
-        shape, stride = ([n * tokens if many else n for n, many in sizes] for sizes in (self.shape, self.stride))
+        shape, stride = ([n * tokens // m if m else n for n, m in sizes] for sizes in (self.shape, self.stride))
         return torch.empty_strided(shape, stride, dtype=self.dtype, device=device).zero_()
 
 
@@ -45,9 +49,15 @@ class Call:
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
 
+    def arguments(self, tokens: int, device: str) -> list[Any]:
+        """For so many tokens, or the few more that make whole windows."""
+        tensors = [arg for arg in self.args if isinstance(arg, Tensor)]
+        window = math.lcm(*(m for tensor in tensors for _, m in tensor.shape if m))
+        tokens = -(-tokens // window) * window
+        return [arg.make(tokens, device) if isinstance(arg, Tensor) else arg for arg in self.args]
+
     def __call__(self, tokens: int, device: str) -> Any:
-        args = [arg.make(tokens, device) if isinstance(arg, Tensor) else arg for arg in self.args]
-        return getattr(torch.ops.dsv4, self.operator)(*args, **dict(self.kwargs))
+        return getattr(torch.ops.dsv4, self.operator)(*self.arguments(tokens, device), **dict(self.kwargs))
 
 
 def token_counts(largest: int) -> list[int]:
@@ -56,11 +66,16 @@ def token_counts(largest: int) -> list[int]:
 
 
 def calls(net: torch.nn.Module) -> list[Call]:
-    """The different calls of operators in the fused model, which is on the meta device."""
+    """The different calls of operators in the fused model, which is on the meta device and loses layers."""
+    net.model.layers = net.model.layers[: _one_of_each(net.config)]
+    prompt = torch.zeros(1, TRACED, dtype=torch.long, device="meta")
     kept = list(_library._prepared)
     _library._prepared.clear()
     try:
-        explain(net, torch.zeros(1, TRACED, dtype=torch.long, device="meta"), use_cache=False)
+        explain(net, prompt, use_cache=False)
+        with torch.no_grad():
+            cache = net(prompt, use_cache=True).past_key_values
+        explain(net, prompt, past_key_values=cache, use_cache=True)
         found = list(_library._prepared)
     finally:
         _library._prepared[:] = kept
@@ -74,9 +89,16 @@ def calls(net: torch.nn.Module) -> list[Call]:
     return list(made)
 
 
+def _one_of_each(config: Any) -> int:
+    """How many of the first layers hold every kind of layer."""
+    kinds = list(zip(config.layer_types, config.mlp_layer_types, strict=True))
+    return max(kinds.index(kind) + 1 for kind in set(kinds))
+
+
 def _tensor(value: torch.Tensor) -> Tensor:
-    def sizes(numbers: Any) -> tuple[tuple[int, bool], ...]:
-        return tuple((n // TRACED, True) if n and n % TRACED == 0 else (int(n), False) for n in numbers)
+    def sizes(numbers: Any) -> tuple[tuple[int, int], ...]:
+        parts = [Fraction(int(n), TRACED) if n and n % PRIME == 0 else int(n) for n in numbers]
+        return tuple((n.numerator, n.denominator) if isinstance(n, Fraction) else (n, 0) for n in parts)
 
     return Tensor(sizes(value.shape), sizes(value.stride()), value.dtype)
 
@@ -121,7 +143,7 @@ def compile_call(call: Call, counts: list[int], device: str = "cuda") -> dict[st
 
 def chosen(call: Call, device: torch.device) -> str:
     """The implementation that the call gets on the device."""
-    args = [arg.make(1, "meta") if isinstance(arg, Tensor) else arg for arg in call.args]
+    args = call.arguments(1, "meta")
     kwargs = {name: value for name, value in call.kwargs if name != "implementation"}
     asked = dict(call.kwargs).get("implementation")
     if asked is not None or device.type == "cpu":

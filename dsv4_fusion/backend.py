@@ -158,7 +158,8 @@ def _compile(
     patches = patches | {"joint_custom_pre_pass": fusion_pass}
     if not run_graph:
         return _compile_or_read(gm, example_inputs, fusion_pass, patches, on_report)
-    patches["force_disable_caches"] = True
+    # What comes after our pass is not looked at; folding of constants breaks graphs of the meta device.
+    patches |= {"force_disable_caches": True, "joint_graph_constant_folding": False}
     return compile_fx(gm, list(example_inputs), inner_compile=_run_graph, config_patches=patches)
 
 

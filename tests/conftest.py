@@ -1,5 +1,6 @@
 """What all tests share: those marked ``gpu`` are skipped where there is no CUDA device."""
 
+import gc
 import logging
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 # pytest puts its handlers on loggers that don't propagate, and a handler on this one turns Dynamo's structured trace
 # on: thousands of records a compilation, printed under every failure.
 logging.getLogger("torch.__trace").propagate = True
+gc.set_threshold(50_000, 20, 100)  # graphs are millions of objects that live: a fifth of the time went into looking
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

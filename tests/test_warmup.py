@@ -17,7 +17,6 @@ pytest.importorskip("transformers.models.deepseek_v4")
 from dsv4_fusion import __main__ as cli
 from dsv4_fusion import _doctor, _warmup
 from dsv4_fusion.ops import _library
-from tests.ops.test_compile_sm90 import Recorder
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST = 8192
@@ -27,8 +26,11 @@ BATCHES = sorted({*range(1, 300), *range(300, MOST, 331), 511, 512, 513, 2047, 2
 @pytest.fixture(scope="module")
 def traced() -> tuple[list[_warmup.Call], list, list]:
     """The calls, and what waited to be compiled before and after they were found."""
+    kinds = ["compressed_sparse_attention", "heavily_compressed_attention"]
+    fields = cli.config_fields("tiny", 2) | {"layer_types": kinds, "mlp_layer_types": ["moe"] * 2}
+    fields |= {"index_head_dim": 64, "hc_sinkhorn_iters": 1}
     before = list(_library._prepared)
-    found = _warmup.calls(cli.meta_model(cli.config_fields("tiny", 1)))
+    found = _warmup.calls(cli.meta_model(fields))
     return found, before, list(_library._prepared)
 
 
@@ -38,12 +40,29 @@ def work(traced) -> list[_warmup.Call]:
 
 
 def test_the_calls_of_a_model(work):
-    assert [call.operator for call in work] == ["hc_pre", "hc_post_pre", "hc_post_head"]
+    """Of every kind of layer, and of what follows on a prompt with a cache."""
+    assert [call.operator for call in work] == [
+        *("hc_pre", "hc_post_pre", "hc_post_head"),
+        *("indexer_topk", "compress_csa", "compress_csa", "compress_hca"),  # the indexer has a compressor of its own
+        *("indexer_topk", "compress_csa", "compress_csa"),  # on more keys than tokens / 4, and with a window before
+    ]
     streams = work[1].args[1]
-    assert streams.shape == ((1, False), (1, True), (4, False), (64, False))
+    assert streams.shape == ((1, 0), (1, 1), (4, 0), (64, 0))
     assert streams.dtype == torch.bfloat16
     made = streams.make(7, "cpu")
     assert made.shape == (1, 7, 4, 64) and made.is_contiguous() and not made.any()
+    keys, later = work[3].args[1], work[7].args[1]
+    assert keys.shape == ((1, 0), (1, 4), (64, 0)) and later.shape == ((1, 0), (1, 2), (64, 0))
+    assert [len(call.args) for call in work if call.operator == "compress_csa"] == [6, 6, 8, 8]
+    kv, *_, cos, _ = work[6].arguments(17, "meta")  # whole windows
+    assert kv.shape[1] == 32 and cos.shape[1] == 2
+
+
+def test_one_layer_of_each_kind():
+    class Config:
+        layer_types, mlp_layer_types = ["b", "a", "b", "a", "b"], ["x", "x", "x", "y", "x"]
+
+    assert _warmup._one_of_each(Config) == 4
 
 
 def test_nothing_is_left_for_the_next_call(traced):
@@ -58,45 +77,30 @@ def test_token_counts():
     assert _warmup.token_counts(100) == [1, 2, 4, 8, 16, 32, 64, 100]
 
 
-def compilations(call: _warmup.Call, counts: list[int], monkeypatch) -> set:
-    """What Triton would compile for these token counts: a kernel for each of its constants, dtypes and options."""
-    triton = pytest.importorskip("triton")
-    module, launches = importlib.import_module("dsv4_fusion.ops.triton.hyper_connection"), []
-    monkeypatch.setattr(module, "_has_dependent_launch", lambda device: True)
-    for name, value in {**vars(module)}.items():
-        if isinstance(value, triton.JITFunction) and not name.startswith("__"):
-            monkeypatch.setattr(module, name, Recorder(value, launches))
-    for tokens in counts:
-        args = [arg.make(tokens, "meta") if isinstance(arg, _warmup.Tensor) else arg for arg in call.args]
-        getattr(module, call.operator)(*args, **dict(call.kwargs))
-    monkeypatch.undo()
-    compiled = set()
-    for kernel, args, options in launches:
-        key = [kernel.__name__, tuple(sorted(options.items()))]
-        for parameter, value in zip(kernel.params, args, strict=True):
-            if parameter.is_constexpr or value is None:
-                key.append(value)
-            elif isinstance(value, torch.Tensor):
-                key.append(value.dtype)
-            elif isinstance(value, int) and not parameter.do_not_specialize:
-                key.append((value == 1, value % 16 == 0))
-        compiled.add(tuple(key))
-    return compiled
+def compilations(call: _warmup.Call, counts: list[int]) -> set:
+    """What Triton would compile for these token counts."""
+    from tests.ops.test_compile_keys import compile_keys
+
+    (entry,) = [each.entry for each in _library.operators[call.operator] if each.name == "triton"]
+    module, _, function = entry.partition(":")
+    calls = [(call.arguments(tokens, "meta"), dict(call.kwargs)) for tokens in counts]
+    compiled = compile_keys(module, function, calls)
+    return {(kernel, key) for kernel, keys in compiled.items() for key in keys}
 
 
-def test_afterwards_no_batch_size_compiles_anything(work, monkeypatch):
+def test_afterwards_no_batch_size_compiles_anything(work):
     if getattr(pytest.importorskip("triton").knobs.runtime, "interpret", False):
         pytest.skip("kernels are interpreted here")
     for call in work:
-        warmed = compilations(call, _warmup.token_counts(MOST), monkeypatch)
+        warmed = compilations(call, _warmup.token_counts(MOST))
         assert 1 <= len(warmed) <= 6  # two launches, three variants each at most
-        assert not compilations(call, BATCHES, monkeypatch) - warmed, call.operator
+        assert not compilations(call, BATCHES) - warmed, call.operator
 
 
 def test_tilelang_compiles_for_a_model_not_for_tokens(work):
     pytest.importorskip("tilelang")
     module = importlib.import_module("dsv4_fusion.ops.tilelang.hyper_connection")
-    for call in work:
+    for call in work[:3]:
         operator = getattr(module, call.operator)
         assert len({operator.key(*[arg.make(t, "meta") for arg in call.args]) for t in BATCHES}) == 1
 
@@ -110,7 +114,7 @@ def test_a_call_that_fails_is_told(work):
 
 def test_processes_and_what_they_return(work, monkeypatch):
     """As on a GPU, with the operators' references in the place of kernels."""
-    results = list(_warmup.warm(work[2:], 2, 1, lambda result: None, device="cpu"))
+    results = list(_warmup.warm(work[2:3], 2, 1, lambda result: None, device="cpu"))
     assert [(result["operator"], result["problem"]) for result in results] == [("hc_post_head", None)]
 
 

@@ -23,7 +23,7 @@ PATCH = {
 }
 
 
-def compile_keys(module_name: str, function: str, calls: Iterable[dict[str, Any]]) -> dict[str, set[tuple]]:
+def compile_keys(module_name: str, function: str, calls: Iterable[tuple[list, dict]]) -> dict[str, set[tuple]]:
     """What Triton would compile for these calls, for each kernel: its constants, dtypes, divisibility and options."""
     if triton.knobs.runtime.interpret:
         pytest.skip("kernels are interpreted here")
@@ -35,8 +35,8 @@ def compile_keys(module_name: str, function: str, calls: Iterable[dict[str, Any]
         for name, value in PATCH.items():
             if hasattr(module, name):
                 patch.setattr(module, name, value)
-        for arguments in calls:
-            getattr(module, function)(**arguments)
+        for args, kwargs in calls:
+            getattr(module, function)(*args, **kwargs)
     compiled: dict[str, set[tuple]] = {}
     for kernel, args, options in launches:
         key: list[Any] = [*sorted(options.items())]
@@ -209,7 +209,7 @@ CASES: dict[str, tuple[str, str, Callable[[int, int], dict], int]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_no_count_has_a_kernel_of_its_own(case):
     module, function, make, most = CASES[case]
-    calls = [make(tokens, batch) for batch in (1, 2, 3) for tokens in COUNTS]
+    calls = [([], make(tokens, batch)) for batch in (1, 2, 3) for tokens in COUNTS]
     compiled = compile_keys(MODULE + module, function, calls)
     assert compiled
     varying = {kernel: [set(column) for column in zip(*found, strict=False)] for kernel, found in compiled.items()}
@@ -218,9 +218,9 @@ def test_no_count_has_a_kernel_of_its_own(case):
 
 
 def test_a_kernel_specialised_by_its_tokens_would_be_found():
-    def make(tokens: int) -> dict:
+    def make(tokens: int) -> tuple[list, dict]:
         given = choices(tokens, 1)
-        return given | {"q": empty(1, tokens, tokens, 128), "weights": empty(1, tokens, tokens, dtype=FP32)}
+        return [], given | {"q": empty(1, tokens, tokens, 128), "weights": empty(1, tokens, tokens, dtype=FP32)}
 
     compiled = compile_keys(MODULE + "indexer_scores", "indexer_topk", [make(tokens) for tokens in range(4, 40)])
     assert len(compiled["score"]) == 36  # heads are a constant
