@@ -12,6 +12,8 @@ A table stands between ``<!-- table: WORK KEY=VALUE … -->`` and ``<!-- end -->
     values=us      what the cells show; several (``values=us,kernels,peak_gib``) take the place of the columns
     unit=us        us, ms or s, for times
 
+``<!-- ratio: WORK KEY=VALUE … -->`` and ``<!-- end -->`` on one line hold how many times faster ours is than Inductor.
+
 Of two measurements of the same thing the newer file's counts. A table in which two measurements that differ in some
 other parameter compete for a cell is an error, which names that parameter. The JSON format is in CONTRIBUTING.md.
 """
@@ -30,6 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 
 TABLE = re.compile(r"(<!-- table: (?P<spec>[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+RATIO = re.compile(r"(<!-- ratio: (?P<spec>[^\n]*?) -->)[^\n]*?(<!-- end -->)")
 MEASURED = {"us", "kernels", "peak_gib", "compile_s"}  # every other key of a row says what was measured
 FILE_KEYS = {"gpu", "date", "commit", "versions", "rows"}
 FIRST, LAST = ["eager", "inductor"], ["ours", "floor"]  # the order of impl; the peers come between, by name
@@ -119,6 +122,25 @@ def table(spec: str, rows: list[Row]) -> str:
     return "\n".join([*lines, "", *sources(row for row, _ in cells.values())]) + "\n"
 
 
+def ratio(spec: str, rows: list[Row]) -> str:
+    """Inductor's time over ours, of the one measurement that a marker asks for."""
+    work, *settings = spec.split()
+    wanted = dict(setting.split("=", 1) for setting in settings)
+    times = {}
+    for impl in ("inductor", "ours"):
+        found = [
+            row["us"]
+            for row in rows
+            if (row["work"], row["impl"]) == (work, impl) and all(str(row.get(k)) == v for k, v in wanted.items())
+        ]
+        if len(found) > 1:
+            raise ValueError(f"ratio: {spec}: {len(found)} measurements of {impl}; fix more parameters")
+        if not found:
+            return "not measured"
+        times[impl] = found[0]
+    return f"{times['inductor'] / times['ours']:.1f}×"
+
+
 def sources(rows: Any) -> list[str]:
     """One line for each file the rows come from."""
     files = {id(row["file"]): row["file"] for row in rows}
@@ -130,9 +152,10 @@ def sources(rows: Any) -> list[str]:
 
 
 def render(text: str, rows: list[Row]) -> str:
-    """``text`` with every table in it written anew."""
+    """``text`` with every table and every ratio in it written anew."""
     if text.count("<!-- table:") != len(TABLE.findall(text)):
         raise ValueError("a <!-- table: … --> has no <!-- end -->, or is not alone on its line")
+    text = RATIO.sub(lambda match: f"{match[1]}{ratio(match['spec'], rows)}{match[3]}", text)
     return TABLE.sub(lambda match: f"{match[1]}\n{table(match['spec'], rows)}\n{match[3]}", text)
 
 

@@ -91,3 +91,15 @@ def test_text_outside_the_tables_is_kept():
 
 def test_readme_is_up_to_date(capsys):
     assert render.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_ratio(results):
+    folder, write = results
+    write("2026-11-01", [row("ours", 4.0), row("inductor", 10.0), row("ours", 1.0, T=2)])
+    rows = render.load(folder)
+    text = "| hc_pre | <!-- ratio: hc_pre T=1 -->old<!-- end -->, <!-- ratio: hc_pre T=2 --><!-- end --> |"
+    assert render.render(text, rows) == (
+        "| hc_pre | <!-- ratio: hc_pre T=1 -->2.5×<!-- end -->, <!-- ratio: hc_pre T=2 -->not measured<!-- end --> |"
+    )
+    with pytest.raises(ValueError, match="2 measurements of ours; fix more parameters"):
+        render.ratio("hc_pre timer=graph", rows)
