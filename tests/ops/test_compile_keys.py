@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dsv4_fusion import ops
-from tests.ops.test_compile_sm90 import Recorder
+from tests.ops.test_compile_sm90 import record
 
 triton = pytest.importorskip("triton")
 
@@ -29,13 +29,11 @@ def compile_keys(module_name: str, function: str, calls: Iterable[tuple[list, di
     """What Triton would compile for these calls, for each kernel: its constants, dtypes, divisibility and options."""
     if triton.knobs.runtime.interpret:
         pytest.skip("kernels are interpreted here")
-    module, launches = importlib.import_module(module_name), list[Any]()
-    names = [(each, pair) for key, each in sys.modules.items() if key.startswith(MODULE) for pair in vars(each).items()]
+    module = importlib.import_module(module_name)
     with pytest.MonkeyPatch.context() as patch:
-        for each, (name, value) in names:
-            if isinstance(value, triton.JITFunction):
-                patch.setattr(each, name, Recorder(value, launches))
-            elif name in PATCH:
+        launches = record(patch)
+        for each in [each for key, each in sys.modules.items() if key.startswith(MODULE)]:
+            for name in PATCH.keys() & vars(each).keys():
                 patch.setattr(each, name, PATCH[name])
         for args, kwargs in calls:
             getattr(module, function)(*args, **kwargs)
