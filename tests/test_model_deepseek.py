@@ -15,7 +15,7 @@ from examples.deepseek import Config, HyperConnection, apply_rope, hc_head, hc_p
 
 # Two layers, one with an indexer, and little of what only takes time to compile.
 SMALL = {"compress_ratios": (4, 16), "n_routed_experts": 2, "hc_sinkhorn_iters": 4}
-COUNTS = {"hc_pre": 1, "hc_post_pre": 3, "hc_post_head": 1, "indexer_q_mxfp4": 1}
+COUNTS = {"hc_pre": 1, "hc_post_pre": 3, "hc_post_head": 1, "indexer_topk": 1}
 COUNTS |= {"compress_csa": 2, "compress_hca": 1}
 
 
@@ -92,7 +92,7 @@ def test_the_numbers_do_not_change_in_fp32():
     """No rounding in between that could flip: what is left is the order of sums."""
     net = model(Config.tiny(**SMALL, quantise=False, dtype=torch.float32))
     report, plain, ours = fused(net, tokens(2, 32))
-    assert report.counts == {name: count for name, count in COUNTS.items() if name != "indexer_q_mxfp4"}, report
+    assert report.counts == {name: count for name, count in COUNTS.items() if name != "indexer_topk"}, report
     assert 0 < (ours - plain).abs().max() < 1e-5 * plain.abs().max()
 
 

@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from ..ops._library import prepare
 from ..options import FusionOptions
 from ..report import NearMiss, Report, Site
-from . import compressor, fp8_linear, hyper_connection, indexer, indexer_scores
+from . import compressor, fp8_linear, hyper_connection, indexer, indexer_scores, indexer_scores_deepseek
 from ._dump import Dump
 from ._pattern import NEAR, Computation, Failure, Fusion, Match, Pattern, cut, find
 from ._picture import Picture
@@ -36,8 +36,9 @@ logger = logging.getLogger("dsv4_fusion")
 COMPUTATIONS: tuple[Computation, ...] = (
     *hyper_connection.COMPUTATIONS,
     *indexer_scores.COMPUTATIONS,
-    *indexer.COMPUTATIONS,
     *compressor.COMPUTATIONS,
+    *indexer_scores_deepseek.COMPUTATIONS,
+    *indexer.COMPUTATIONS,
 )
 _APART = 8  # how many nodes back a joined fusion's other part is looked for
 
@@ -153,7 +154,9 @@ class FusionPass(CustomGraphPass):
     def rewrites(self, anchor: Node) -> bool:
         if self.rewrite is not None:
             return self.rewrite
-        return anchor.meta["val"].device.type == "cuda" or self.options.reference
+        value = anchor.meta["val"]
+        value = value[0] if isinstance(value, list | tuple) else value  # of top-k
+        return value.device.type == "cuda" or self.options.reference
 
     def first_match(
         self, computation: Computation, anchor: Node, claimed: set[Node]

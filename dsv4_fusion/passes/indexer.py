@@ -106,29 +106,33 @@ def _power_of_four(number: int) -> bool:
     return number & (number - 1) == 0 and number.bit_length() % 2 == 1
 
 
+def _operands(q: Tensor, table: Tensor, weights: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
+    """The operator's arguments for queries [B, S, H, d], angles [S, R / 2] that are complex, and weights [B, S, H]."""
+    table = torch.view_as_real(table).unsqueeze(0).expand(q.shape[0], -1, -1, -1).flatten(0, 1)
+    return q.flatten(0, 1), None, table[..., 0].contiguous(), table[..., 1].contiguous(), weights.flatten(0, 1)
+
+
 def _fused_score(q: Tensor, table: Tensor, weights: Tensor, k: Tensor, *, mxfp4: bool, **options: Any) -> Tensor:
     """What takes the match's place: the operator, then the scores as the model computes them."""
-    batch, length, heads, d = q.shape
+    heads, d = q.shape[2:]
     if not _power_of_four(d) and not _power_of_four(heads):
         raise ValueError(
             f"{heads} heads of {d} dims: the operator multiplies the weights by {d}^-1/2, then by {heads}^-1/2, the "
             "model by their product, and neither is a power of two: the weights could differ in the last bit"
         )
-    table = torch.view_as_real(table).unsqueeze(0).expand(batch, -1, -1, -1).flatten(0, 1)
-    arguments = q.flatten(0, 1), None, table[..., 0].contiguous(), table[..., 1].contiguous(), weights.flatten(0, 1)
     if mxfp4:
-        packed, scale, folded = ops.indexer_q_mxfp4(*arguments, **options)
+        packed, scale, folded = ops.indexer_q_mxfp4(*_operands(q, table, weights), **options)
         values = dequantise_mxfp4(packed, scale)
     else:
-        codes, folded = ops.indexer_q_fp8(*arguments, **options)
+        codes, folded = ops.indexer_q_fp8(*_operands(q, table, weights), **options)
         values = codes.to(torch.bfloat16)
-    shape = (batch, length)
+    shape = q.shape[:2]
     return index_score(values.unflatten(0, shape), k, folded.to(torch.bfloat16).unflatten(0, shape))
 
 
 def _score_sites(mxfp4: bool, node: Node) -> Iterator[Queries]:
-    """``node`` is the relu of bf16 scores [B, S, H, E]."""
-    value, product = node.meta["val"], _nearest(node, _is(aten.bmm.default), 12)
+    """``node`` is the relu of bf16 scores [B, S, H, E], or something near it."""
+    value, product = node.meta["val"], _nearest(node, _is(aten.bmm.default), 24)
     if value.dim() != 4 or value.dtype != torch.bfloat16 or not isinstance(value.shape[2], int) or product is None:
         return
     d = product.args[0].meta["val"].shape[-1]
@@ -178,11 +182,16 @@ def _one_sided(match: Match) -> str | None:
 
     transformed = is_rounded(True) is not None
     plain = None if transformed else is_rounded(False)
-    if match.constants["hadamard"] and plain is not None and plain.inputs[0].target is aten.slice_scatter.default:
+    if match.constants["hadamard"] and plain is not None and _is_rotated(plain.inputs[0]):
         return "the queries go through a Hadamard transform and the keys do not: their products mean nothing"
     if not match.constants["hadamard"] and transformed:
         return "the keys go through a Hadamard transform and the queries do not: their products mean nothing"
     return None
+
+
+def _is_rotated(node: Node) -> bool:
+    """Whether ``node`` is a key right after RoPE, which ends in a write into its slice, or in the compressor."""
+    return node.target is aten.slice_scatter.default or str(node.target).startswith("dsv4.compress_")
 
 
 def contradiction(graph: Graph) -> str | None:
