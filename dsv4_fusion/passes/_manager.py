@@ -121,6 +121,8 @@ class FusionPass(CustomGraphPass):
                     continue
                 match, replacement = result
                 patterns.append(match.pattern)
+                for failure in failures:  # a larger fusion that nearly matched, of which this is a part
+                    failure.part = failure.part or failure.nodes > match.nodes
                 path, name = _module_path(anchor), match.fusion.name
                 if match.fusion.left_alone is not None:
                     entry = NearMiss(path, name, match.fusion.left_alone, _source_line(anchor))
@@ -256,11 +258,14 @@ def _replace(graph: Graph, match: Match, replacement: tuple[Graph, Node]) -> lis
 
 
 def _near_misses(failures: list[Failure], claimed: set[Node]) -> list[tuple[NearMiss, Failure]]:
-    """The failures that hold most of a pattern, without those inside a nearer one."""
+    """The failures that hold most of a pattern, without those inside a nearer one.
+
+    What would be left alone anyway comes last: what it misses tells less than what a fusion misses.
+    """
     misses = []
     covered = set(claimed)
-    for failure in sorted(failures, key=lambda failure: -len(failure.nodes)):
-        if failure.share >= NEAR and failure.anchor not in covered:
+    for failure in sorted(failures, key=lambda each: (each.fusion.left_alone is not None, -len(each.nodes))):
+        if failure.share >= NEAR and (failure.part or failure.anchor not in covered):
             covered |= failure.nodes
             source = failure.node is not None and _source_line(failure.node)
             path, source = _module_path(failure.anchor), source or _source_line(failure.anchor)

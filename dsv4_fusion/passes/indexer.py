@@ -132,7 +132,7 @@ def _fused_score(q: Tensor, table: Tensor, weights: Tensor, k: Tensor, *, mxfp4:
 
 def _score_sites(mxfp4: bool, node: Node) -> Iterator[Queries]:
     """``node`` is the relu of bf16 scores [B, S, H, E], or something near it."""
-    value, product = node.meta["val"], _nearest(node, _is(aten.bmm.default), 24)
+    value, product = node.meta["val"], _product(node)
     if value.dim() != 4 or value.dtype != torch.bfloat16 or not isinstance(value.shape[2], int) or product is None:
         return
     d = product.args[0].meta["val"].shape[-1]
@@ -142,6 +142,20 @@ def _score_sites(mxfp4: bool, node: Node) -> Iterator[Queries]:
         rope = 2 * pairs if isinstance(pairs, int) else d // 2
         for hadamard in (True, False):
             yield Queries(value.shape[2], d, rope, hadamard, mxfp4, single=_single(value))
+
+
+def _product(relu: Node) -> Node | None:
+    """What the scores are computed by: a batched product, or what stands in its place."""
+
+    def alike(node: Node) -> bool:
+        return len(node.all_input_nodes) == 2 and _dim(node) == 3
+
+    return _nearest(relu, _is(aten.bmm.default), 24) or _nearest(relu, alike, 12)
+
+
+def _dim(node: Node) -> int | None:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else None
 
 
 def _single(scores: Tensor) -> tuple[bool, bool, bool]:
@@ -245,9 +259,11 @@ def _amax_sites(mxfp4: bool, node: Node) -> Iterator[Queries]:
         return
     heads, d = shape[1], shape[2] * shape[3] if mxfp4 else shape[2]
     joined = _nearest(node, lambda at: at.target is aten.cat.default and at.meta["val"].dim() == 3, _FAR)
+    if joined is None and node.args[0].target is aten.abs.default:  # something else stands in its place
+        joined = _nearest(node, lambda at: _dim(at) == 3 and bool(at.args) and isinstance(at.args[0], list), _FAR)
     if d not in _DIMS or joined is None or not isinstance(joined.args[0][-1], Node):
         return
-    hadamard = _nearest(node, _is(aten.cat.default), _FAR) is not joined
+    hadamard = _nearest(node, lambda at: at is joined or at.target is aten.cat.default, _FAR) is not joined
     rope = joined.args[0][-1].meta["val"].shape[-1]
     if not isinstance(rope, int):
         return
