@@ -122,7 +122,7 @@ class FusionPass(CustomGraphPass):
                 match, replacement = result
                 patterns.append(match.pattern)
                 for failure in failures:  # a larger fusion that nearly matched, of which this is a part
-                    failure.part = failure.part or failure.nodes > match.nodes
+                    failure.part |= failure.anchor is anchor and failure.nodes > match.nodes
                 path, name = _module_path(anchor), match.fusion.name
                 if match.fusion.left_alone is not None:
                     entry = NearMiss(path, name, match.fusion.left_alone, _source_line(anchor))
