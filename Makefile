@@ -67,5 +67,5 @@ $(VENV)/.ready: pyproject.toml tools/venv.sh
 $(VENV)/transformers-$(OLD_TRANSFORMERS): $(VENV)/.ready
 	@echo "==> transformers $(OLD_TRANSFORMERS)"
 	@rm -rf $@
-	@$(RUN) -m pip install -qq --target $@ transformers==$(OLD_TRANSFORMERS)
+	@$(RUN) -m pip install -qq --no-compile --target $@ transformers==$(OLD_TRANSFORMERS)
 	@touch $@
