@@ -12,6 +12,9 @@ PYTEST := $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 OLD_TRANSFORMERS := 5.17.0# the oldest supported; its tests run beside those of the newest
 HF_TESTS := $(wildcard tests/test_model_hf.py)
 
+# pip compiles no modules here; those that are imported are compiled once, and kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo examples test test-old-transformers bench lint clean
 .DEFAULT_GOAL := help
 
