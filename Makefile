@@ -12,9 +12,6 @@ PYTEST := $(RUN) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 OLD_TRANSFORMERS := 5.17.0# the oldest supported; its tests run beside those of the newest
 HF_TESTS := $(wildcard tests/test_model_hf.py)
 
-# pip compiles no modules here; those that are imported are compiled once, and kept.
-unexport PYTHONDONTWRITEBYTECODE
-
 .PHONY: help demo examples test test-old-transformers bench lint clean
 .DEFAULT_GOAL := help
 
@@ -70,5 +67,5 @@ $(VENV)/.ready: pyproject.toml tools/venv.sh
 $(VENV)/transformers-$(OLD_TRANSFORMERS): $(VENV)/.ready
 	@echo "==> transformers $(OLD_TRANSFORMERS)"
 	@rm -rf $@
-	@$(RUN) -m pip install -qq --no-compile --target $@ transformers==$(OLD_TRANSFORMERS)
+	@$(RUN) -m pip install -qq --target $@ transformers==$(OLD_TRANSFORMERS)
 	@touch $@

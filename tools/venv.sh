@@ -19,10 +19,7 @@ venv_python=$VENV/bin/python
 
 say() { printf '==> %s\n' "$*"; }
 install() { # without a terminal pip's progress is noise; errors are printed all the same
-  local quiet=-qq
-  [ -t 1 ] && quiet=
-  # shellcheck disable=SC2086 # it may be empty
-  "$venv_python" -m pip install $quiet --no-compile "$@" # a minute less: most modules are never imported
+  if [ -t 1 ]; then "$venv_python" -m pip install "$@"; else "$venv_python" -m pip install -qq "$@"; fi
 }
 has_torch() {
   "$1" -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null
