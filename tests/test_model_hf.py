@@ -188,8 +188,8 @@ class Recorder(FusionPass):
         super().__init__(FusionOptions(), lambda report: None, rewrite=False)
         self.matches = []
 
-    def first_match(self, computation, anchor, claimed):
-        result = super().first_match(computation, anchor, claimed)
+    def first_match(self, computation, anchor, claimed, traced):
+        result = super().first_match(computation, anchor, claimed, traced)
         if isinstance(result, tuple):
             self.matches.append(result[0])
         return result

@@ -141,6 +141,23 @@ def test_the_unbroken_graph_fuses_everywhere():
     assert not graph.find_nodes(op="call_function", target=aten.amax.default)[1:]  # attention's softmax alone is left
 
 
+def test_alike_sites_keep_constants_and_fakes_of_their_own():
+    """One trace of the operator's call serves all sites of the same metadata, not those of another epsilon."""
+    graph = capture(model("tiny", 2, torch.bfloat16), torch.randint(0, 128, (2, 32)), use_cache=False)
+    at(graph, aten.add.Tensor, 0, "model.layers.1.ffn_hc.input_norm").update_arg(1, 1e-5)
+    report = fused(graph, rewrite=True)
+    assert report.counts["hc_post_pre"] == 3, report
+    graph.lint()
+    sites = graph.find_nodes(op="call_function", target=torch.ops.dsv4.hc_post_pre.default)
+    assert [site.kwargs.get("rms_eps", 1e-6) for site in sites] == [1e-6, 1e-6, 1e-5]
+    values = [value for site in sites for value in site.meta["val"]]
+    assert len({value.untyped_storage()._cdata for value in values}) == len(values) == 12
+    for site in sites:
+        for output in site.users:
+            index = output.args[1]
+            assert output.meta["val"].untyped_storage()._cdata == site.meta["val"][index].untyped_storage()._cdata
+
+
 def streams_of_the_first_pre(graph: Graph) -> int:
     (node,) = graph.find_nodes(op="call_function", target=torch.ops.dsv4.hc_pre.default)
     return node.args[0].meta["val"].shape[-2]
