@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -45,6 +47,7 @@ def keep_fp32(net: torch.nn.Module) -> torch.nn.Module:
         (torch.bfloat16, 1, 1, QUICK),
         (torch.float16, 1, 32, QUICK),
     ],
+    ids=["fp32", "bf16", "one-token", "fp16"],
 )
 def test_whole_model(dtype, batch, length, changes):
     net = model("tiny", LAYERS, dtype, **changes)
@@ -58,6 +61,7 @@ def test_whole_model(dtype, batch, length, changes):
 @pytest.mark.parametrize(
     ("dtype", "batch", "layers", "specialize_float"),  # without the last, PyTorch traces everything twice
     [(torch.float32, 2, LAYERS, True), (torch.bfloat16, 1, 1, False)],
+    ids=["fp32", "symbolic-floats"],
 )
 def test_dynamic_shapes(dtype, batch, layers, specialize_float):
     net = model("tiny", layers, dtype, **QUICK)
@@ -72,16 +76,16 @@ def test_four_layers(monkeypatch):
     matched = []  # the time of each try: one may meet the garbage collector
 
     def again(self, graph):
-        for _ in range(2):
+        while len(matched) < 2 and min(matched, default=math.inf) >= allowed:
             once(FusionPass(self.options, lambda report: matched.append(report.seconds), rewrite=False), graph)
         once(self, graph)
 
-    once = FusionPass.__call__
+    once, allowed = FusionPass.__call__, 0.1 * sum(whole_model(4).values())
     monkeypatch.setattr(FusionPass, "__call__", again)
     report = dsv4_fusion.explain(model("tiny", 4), tokens(1, 32), use_cache=False)
     assert report.counts == whole_model(4), report
     assert [entry.path for entry in report.left_alone] == ["model.layers.2.self_attn.compressor.indexer.scorer"], report
-    assert min(report.seconds, *matched) < 0.1 * len(report.sites), report
+    assert min(report.seconds, *matched) < allowed, report
     compressor = "model.layers.2.self_attn.compressor"
     assert [(site.fusion, site.path) for site in report.sites if site.fusion.startswith("compress_")] == [
         ("compress_csa", compressor),
@@ -104,7 +108,9 @@ def test_checkpoint_dtypes():
     assert not report.near_misses, report
 
 
-@pytest.mark.parametrize(("dtype", "layers"), [(torch.float32, 1), (torch.bfloat16, LAYERS)])
+@pytest.mark.parametrize(
+    ("dtype", "layers"), [(torch.float32, 1), (torch.bfloat16, LAYERS)], ids=["fp32-cache", "bf16"]
+)
 def test_prefill_and_decode_with_cache(dtype, layers):
     net = model("tiny", layers, dtype, **QUICK)
     prefill = dsv4_fusion.explain(net, tokens(2, 33), use_cache=True)
@@ -162,17 +168,15 @@ def logits(compiled, ids: torch.Tensor) -> torch.Tensor:
         return compiled(ids, use_cache=False).logits.double()
 
 
-def test_compiled_fp32_is_as_near_to_float64_as_without_the_pass():
+def test_compiled_fp32_is_as_near_to_float64_as_eager():
     net, ids = model("tiny", 1), tokens(2, 32)
-    torch._dynamo.reset()
-    plain = logits(torch.compile(net, backend="inductor"), ids)
     torch._dynamo.reset()
     ours = logits(torch.compile(net, backend="dsv4_fusion", options={"reference": True, "strict": 3}), ids)
     torch._dynamo.reset()
     eager = logits(net, ids)
     truth = logits(in_float64(net), ids)
     reached = (ours - truth).abs().max()
-    assert reached <= 2 * max((plain - truth).abs().max(), (eager - truth).abs().max())
+    assert reached <= 2 * (eager - truth).abs().max()
     assert 0 < reached < 1e-4
 
 

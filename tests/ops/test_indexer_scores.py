@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # run as
 from dsv4_fusion import ops
 from dsv4_fusion.ops import _indexer
 from dsv4_fusion.ops.indexer_scores import best_ref, indexer_scores_ref
+from tests.ops.interpreted import patch_once_a_launch
 
 FORMATS = ("bf16", "fp8", "mxfp4")
 RANGES = ("all", "causal", "range")
@@ -508,4 +509,5 @@ def test_the_number_of_tokens_compiles_nothing():
 
 
 if __name__ == "__main__":
+    patch_once_a_launch()
     print(interpreted())
