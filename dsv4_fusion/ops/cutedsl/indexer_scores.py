@@ -8,6 +8,7 @@ warpgroups take turns, so that one multiplies matrices while the other sums.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -20,6 +21,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from torch import Tensor
 
+from .._library import compiling, layout, new
 from . import launch, ptx
 
 COLUMNS = 256  # heads of a block's queries, all together
@@ -447,7 +449,18 @@ def build(
     )
 
 
-_kernels: dict[tuple, object] = {}
+@functools.cache
+def _begin(*key):
+    return compiling().submit(build, *key)
+
+
+def _key(q, q_scale, start, end, positions, result: torch.dtype | None) -> tuple:
+    """What a kernel is compiled for."""
+    dtype, d = (q.dtype, q.shape[-1]) if q_scale is None else (torch.bfloat16, 2 * q.shape[-1])
+    ends = end if positions is None else positions
+    limits = "causal" if positions is not None else "all" if start is None and end is None else "range"
+    indices = tuple(None if limit is None else limit.dtype for limit in (start, ends))
+    return q.shape[-2], d, dtype, limits, indices, result or torch.float32
 
 
 @functools.cache
@@ -455,54 +468,98 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """[..., d] as a matrix with rows at multiples of 16 bytes."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+def _rows(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes of a tensor like this [..., d] a matrix with rows at multiples of 16 bytes."""
+    d = tensor.shape[-1]
+    rows = tensor.reshape(-1, d)
     if (rows.data_ptr() | rows.stride(0) * rows.element_size()) % 16 or rows.stride(1) != 1:
-        rows = rows.contiguous().clone()
-    return rows
+        return lambda tensor: tensor.reshape(-1, d).clone(memory_format=torch.contiguous_format)
+    return lambda tensor: tensor.reshape(-1, d)
 
 
-def _column(tensor: Tensor) -> Tensor:
-    """All of it as a matrix of one column, whose second would begin at a multiple of 16 bytes."""
-    flat = tensor.contiguous().view(-1)
-    flat = flat.clone() if flat.data_ptr() % 16 else flat
-    return flat.as_strided((flat.shape[0], 1), (1, -(-flat.shape[0] // 4) * 4))
+def _column(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same for a matrix of one column, whose second would begin at a multiple of 16 bytes."""
+    count = tensor.numel()
+    shape = (count, 1), (1, -(-count // 4) * 4)
+    if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+        return lambda tensor: tensor.clone(memory_format=torch.contiguous_format).as_strided(*shape)
+    return lambda tensor: tensor.as_strided(*shape)
 
 
 def scores_into(out, q, k, weights, q_scale, k_scale, start, end, causal, ratio) -> None:
     """As the function of this name in Triton."""
     if out.numel() == 0:
         return
+    limits = (start, None, end) if causal else (start, end, None)
+    kernel, processors = _begin(*_key(q, q_scale, *limits, out.dtype)).result(), _processors(q.device)
     if q_scale is not None:
         from ..triton.indexer_scores import expanded
 
         q, k, k_scale = expanded(q, q_scale), expanded(k, k_scale), None
-    limits = "causal" if causal else "all" if start is None and end is None else "range"
-    indices = tuple(None if limit is None else limit.dtype for limit in (start, end))
-    key = (q.shape[-2], q.shape[-1], q.dtype, limits, indices, out.dtype)
-    if (*key, q.device) not in _kernels:
-        _kernels[*key, q.device] = build(*key)
-    kernel, batch = _kernels[*key, q.device], q.shape[0]
-    for b in range(batch):
-        own = [None if limit is None else limit[b if limit.shape[0] == batch else 0] for limit in (start, end)]
-        scales = None if k_scale is None else k_scale[b]
-        result = out[b][:, : k.shape[1]]
-        kernel(_rows(q[b]), _rows(k[b]), _column(weights[b]), scales, *own, result, ratio, _processors(q.device))
+    for b in range(q.shape[0]):
+        own = [None if limit is None else limit[b if limit.shape[0] == q.shape[0] else 0] for limit in (start, end)]
+        tensors = [make(tensor[b])(tensor[b]) for make, tensor in ((_rows, q), (_rows, k), (_column, weights))]
+        scale = None if k_scale is None else k_scale[b]
+        kernel(*tensors, scale, *own, out[b][:, : k.shape[1]], ratio, processors)
 
 
-def indexer_scores(
-    q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None, *, ratio=4, dtype=None
-) -> Tensor:
-    from ..triton.indexer_scores import batched, ragged
+class Ragged:
+    """``dsv4::indexer_scores``, called as its public function without ``implementation``."""
 
-    out = q.new_empty([*q.shape[:-2], k.shape[-2]], dtype=dtype or torch.float32)
-    tensors = ragged(q, k, weights, q_scale, k_scale, start, end, positions)
-    scores_into(batched(out, 3), *tensors, positions is not None, ratio)
-    return out
+    def __call__(self, *tensors, **options) -> Tensor:
+        return self.bind(*tensors, **options)(*tensors)
+
+    def prepare(self, q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None,
+                *, dtype=None, **_) -> None:  # fmt: skip
+        """Begin to compile what any number of tokens will need; the tensors may be fake."""
+        _begin(*_key(q, q_scale, start, end, positions, dtype))
+
+    def bind(
+        self, q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None,
+        *, ratio=4, dtype=None, **_,
+    ) -> Callable[..., Tensor]:  # fmt: skip
+        """A function that does this for tensors with the same metadata."""
+        from ..triton.indexer_scores import batched, ragged
+
+        device, causal = q.device, positions is not None
+        result = layout((*q.shape[:-2], k.shape[-2]), dtype or torch.float32)
+        if 0 in result[0]:
+            return lambda *_, **__: new(result, device)
+        if q.dim() == 4 or q_scale is not None:
+
+            def several(q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None, **_) -> Tensor:
+                out = new(result, device)
+                tensors = ragged(q, k, weights, q_scale, k_scale, start, end, positions)
+                scores_into(batched(out, 3), *tensors, causal, ratio)
+                return out
+
+            return several
+
+        kernel, processors = _begin(*_key(q, None, start, end, positions, dtype)).result(), _processors(device)
+        q_rows, k_rows, column = _rows(q), _rows(k), _column(weights)
+
+        def launch(q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None, **_) -> Tensor:
+            out = new(result, device)
+            ends = positions if causal else end
+            kernel(q_rows(q), k_rows(k), column(weights), k_scale, start, ends, out, ratio, processors)
+            return out
+
+        return launch
 
 
-def indexer_topk(*tensors, **options) -> Tensor:
-    from ..triton.indexer_scores import best
+indexer_scores = Ragged()
 
-    return best(scores_into, *tensors, **options)
+
+class Best:
+    """``dsv4::indexer_topk`` in the same way."""
+
+    def __call__(self, *tensors, **options) -> Tensor:
+        from ..triton.indexer_scores import best
+
+        return best(scores_into, *tensors, **options)
+
+    def prepare(self, *tensors, dtype=None, **_) -> None:
+        indexer_scores.prepare(*tensors)
+
+
+indexer_topk = Best()
