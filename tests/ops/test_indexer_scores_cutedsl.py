@@ -31,7 +31,7 @@ VARIANTS = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
 def test_compiles_for_sm90(variant, tmp_path):
     """The other warpgroup's turn comes before the last product is done, and relu and weight are two instructions."""
-    heads, d, dtype, *_ = variant
+    _, d, dtype, *_ = variant
     indexer_scores.build(*variant, arch="sm_90a", options=f"--keep-cubin --dump-dir {tmp_path}")
     (cubin,) = tmp_path.glob("*.cubin")
     usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True)

@@ -54,6 +54,31 @@ def _steps(score, low, high, STEPS: tl.constexpr):
 
 
 @triton.jit
+def _bit(DIMS: tl.constexpr, axis: tl.constexpr):
+    """[2] * DIMS: whether an index is 1 along an axis."""
+    return tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (DIMS - 1 - axis)) == 1
+
+
+@triton.jit
+def _descending(x, K: tl.constexpr):
+    """int32 [K] in descending order: a bitonic sort whose exchanges all point one way, as runs to ascend are inverted.
+
+    That makes each of them a minimum or a maximum.
+    """
+    DIMS: tl.constexpr = tl.standard._log2(K)
+    x = tl.reshape(x, [2] * DIMS)
+    for run in tl.static_range(1, DIMS + 1):
+        if run < DIMS:
+            x = tl.where(_bit(DIMS, DIMS - 1 - run), ~x, x)
+        for step in tl.static_range(run):
+            other = x ^ tl.xor_sum(x, DIMS - run + step, True)
+            x = tl.where(_bit(DIMS, DIMS - run + step), tl.minimum(x, other), tl.maximum(x, other))
+        if run < DIMS:
+            x = tl.where(_bit(DIMS, DIMS - 1 - run), ~x, x)
+    return tl.reshape(x, [K])
+
+
+@triton.jit
 def _lower(first, second):
     return tl.minimum(first, second)
 
@@ -109,9 +134,7 @@ def select(
     high = tl.where(reach > top_k, high, low)
     above = tl.where(reach > top_k, above, reach)
 
-    # All that are not below `high`, then the first of those equal to `low`. A row that is held stores a number that
-    # begins with the score's own, in few bits, and sorts those.
-    BITS: tl.constexpr = tl.standard._log2(BLOCK)
+    # All that are not below `high`, then the first of those equal to `low`.
     higher = 0  # so far
     equal = 0
     for begin in range(0, BLOCK if HELD else length, BLOCK):
@@ -120,8 +143,6 @@ def select(
         both = tl.where(score >= high, 1, tl.where(score >= low, 1 << 16, 0))
         before = tl.cumsum(both, 0) - both
         place = tl.where(score >= high, higher + (before & 0xFFFF), above + equal + (before >> 16))
-        if HELD:
-            index = (_steps(score, low, highest, (1 << (31 - BITS)) - 1) << BITS) | (BLOCK - 1 - index)
         tl.store(out_ptr + place, index, mask=(both > 0) & (place < top_k))
         if not HELD:
             total = tl.sum(both, 0)
@@ -131,13 +152,16 @@ def select(
     tl.debug_barrier()  # what the other threads stored
     place = tl.arange(0, K)
     valid = place < tl.minimum(reach, top_k)
-    chosen = tl.load(out_ptr + place, mask=valid, other=-1).to(tl.int32)
-    if HELD:
-        chosen = tl.reshape(tl.trans(tl.reshape(chosen, [K // 16, 16])), [K])  # most exchanges become a thread's own
-        chosen = BLOCK - 1 - (tl.sort(chosen, descending=True) & (BLOCK - 1))
+    chosen = tl.load(out_ptr + place, mask=valid, other=0).to(tl.int32)
     score = _ordered(tl.load(scores_ptr + chosen, mask=valid, other=float("-inf")))
     wrong = not HELD
-    if HELD:
+    if HELD:  # 32 bits are for a number of few bits that grows with the score, and the index: seldom too few
+        BITS: tl.constexpr = tl.standard._log2(BLOCK)
+        both = (_steps(score, low, highest, (1 << (31 - BITS)) - 1) << BITS) | (BLOCK - 1 - chosen)
+        both = tl.where(valid, both, -1)
+        both = tl.reshape(tl.trans(tl.reshape(both, [K // 16, 16])), [K])  # most exchanges become a thread's own
+        chosen = BLOCK - 1 - (_descending(both, K) & (BLOCK - 1))
+        score = _ordered(tl.load(scores_ptr + chosen, mask=valid, other=float("-inf")))
         wrong = tl.max((tl.associative_scan(score, 0, _lower) != score).to(tl.int32), 0) > 0
     if wrong:
         pair = (score.to(tl.int64) << 32) | (0x7FFFFFFF - chosen).to(tl.int64)
@@ -148,10 +172,13 @@ def select(
 
 
 def best_of(scores, out, length: int, top_k: int) -> None:
-    """Indices of the ``top_k`` highest of the first ``length`` of each row of ``scores`` [B, T, ...] to ``out`` [B, T, top_k]."""
+    """Indices of the ``top_k`` highest of the first ``length`` scores of each row, as int32 or int64 [B, T, top_k].
+
+    The rows of ``scores``, fp32 [B, T, at least length], begin at multiples of 64 bytes, and 16 or a multiple end them.
+    """
     padded = max(MOST, triton.next_power_of_2(top_k))
     block = next((size for size in BLOCKS if length <= size and padded <= size), BLOCKS[-1])
     select[(out.shape[1], out.shape[0])](
         scores, out, scores.stride(0), scores.stride(1), out.stride(0), length, top_k, padded, block, length <= block,
-        num_warps=block // 1024,
+        num_warps=block // 1024, maxnreg=128 if block == BLOCKS[-1] else None,  # two programs a multiprocessor
     )  # fmt: skip
