@@ -83,7 +83,7 @@ def _lower(first, second):
     return tl.minimum(first, second)
 
 
-@triton.jit(do_not_specialize=["out_batch", "length", "top_k"])
+@triton.jit(do_not_specialize=["scores_batch", "scores_row", "out_batch", "length", "top_k"])
 def select(
     scores_ptr,
     out_ptr,
