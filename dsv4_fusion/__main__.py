@@ -257,6 +257,9 @@ def meta_model(fields: dict[str, Any]) -> torch.nn.Module:
     except Exception as error:  # transformers' validation raises many kinds
         raise UsageError(f"transformers does not take this configuration: {type(error).__name__}: {error}") from None
     keep = set(getattr(net, "_keep_in_fp32_modules_strict", None) or ())
+    hidden = torch.empty(1, config.hidden_size, dtype=torch.bfloat16, device="meta")
+    if net.model.norm(hidden).dtype != torch.bfloat16:  # transformers 5.17: no linear layer takes that
+        keep = {name for name in keep if "norm" not in name}
     for name, parameter in net.named_parameters():
         if not keep.intersection(name.split(".")):
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from ..ops._library import prepare
 from ..options import FusionOptions
 from ..report import NearMiss, Report, Site
-from . import compressor, fp8_linear, hyper_connection, indexer, indexer_scores
+from . import compressor, fp8_linear, hyper_connection, indexer, indexer_scores, indexer_scores_deepseek
 from ._dump import Dump
 from ._pattern import NEAR, Computation, Failure, Fusion, Match, Pattern, cut, find
 from ._picture import Picture
@@ -36,8 +36,9 @@ logger = logging.getLogger("dsv4_fusion")
 COMPUTATIONS: tuple[Computation, ...] = (
     *hyper_connection.COMPUTATIONS,
     *indexer_scores.COMPUTATIONS,
-    *indexer.COMPUTATIONS,
     *compressor.COMPUTATIONS,
+    *indexer_scores_deepseek.COMPUTATIONS,
+    *indexer.COMPUTATIONS,
 )
 _APART = 8  # how many nodes back a joined fusion's other part is looked for
 
@@ -120,6 +121,8 @@ class FusionPass(CustomGraphPass):
                     continue
                 match, replacement = result
                 patterns.append(match.pattern)
+                for failure in failures:  # a larger fusion that nearly matched, of which this is a part
+                    failure.part |= failure.anchor is anchor and failure.nodes > match.nodes
                 path, name = _module_path(anchor), match.fusion.name
                 if match.fusion.left_alone is not None:
                     entry = NearMiss(path, name, match.fusion.left_alone, _source_line(anchor))
@@ -153,7 +156,9 @@ class FusionPass(CustomGraphPass):
     def rewrites(self, anchor: Node) -> bool:
         if self.rewrite is not None:
             return self.rewrite
-        return anchor.meta["val"].device.type == "cuda" or self.options.reference
+        value = anchor.meta["val"]
+        value = value[0] if isinstance(value, list | tuple) else value  # of top-k
+        return value.device.type == "cuda" or self.options.reference
 
     def first_match(
         self, computation: Computation, anchor: Node, claimed: set[Node]
@@ -253,11 +258,14 @@ def _replace(graph: Graph, match: Match, replacement: tuple[Graph, Node]) -> lis
 
 
 def _near_misses(failures: list[Failure], claimed: set[Node]) -> list[tuple[NearMiss, Failure]]:
-    """The failures that hold most of a pattern, without those inside a nearer one."""
+    """The failures that hold most of a pattern, without those inside a nearer one.
+
+    What would be left alone anyway comes last: what it misses tells less than what a fusion misses.
+    """
     misses = []
     covered = set(claimed)
-    for failure in sorted(failures, key=lambda failure: -len(failure.nodes)):
-        if failure.share >= NEAR and failure.anchor not in covered:
+    for failure in sorted(failures, key=lambda each: (each.fusion.left_alone is not None, -len(each.nodes))):
+        if failure.share >= NEAR and (failure.part or failure.anchor not in covered):
             covered |= failure.nodes
             source = failure.node is not None and _source_line(failure.node)
             path, source = _module_path(failure.anchor), source or _source_line(failure.anchor)
