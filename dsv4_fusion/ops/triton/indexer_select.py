@@ -78,11 +78,6 @@ def _descending(x, K: tl.constexpr):
     return tl.reshape(x, [K])
 
 
-@triton.jit
-def _lower(first, second):
-    return tl.minimum(first, second)
-
-
 @triton.jit(do_not_specialize=["scores_batch", "scores_row", "out_batch", "length", "top_k"])
 def select(
     scores_ptr,
@@ -149,26 +144,39 @@ def select(
             higher += total & 0xFFFF
             equal += total >> 16
 
+    # 32 bits are for a number of few bits that grows with the score, and the place, which grows with the index.
     tl.debug_barrier()  # what the other threads stored
     place = tl.arange(0, K)
-    valid = place < tl.minimum(reach, top_k)
+    count = tl.minimum(reach, top_k)
+    valid = place < count
     chosen = tl.load(out_ptr + place, mask=valid, other=0).to(tl.int32)
     score = _ordered(tl.load(scores_ptr + chosen, mask=valid, other=float("-inf")))
-    wrong = not HELD
-    if HELD:  # 32 bits are for a number of few bits that grows with the score, and the index: seldom too few
-        BITS: tl.constexpr = tl.standard._log2(BLOCK)
-        both = (_steps(score, low, highest, (1 << (31 - BITS)) - 1) << BITS) | (BLOCK - 1 - chosen)
-        both = tl.where(valid, both, -1)
-        both = tl.reshape(tl.trans(tl.reshape(both, [K // 16, 16])), [K])  # most exchanges become a thread's own
-        chosen = BLOCK - 1 - (_descending(both, K) & (BLOCK - 1))
-        score = _ordered(tl.load(scores_ptr + chosen, mask=valid, other=float("-inf")))
-        wrong = tl.max((tl.associative_scan(score, 0, _lower) != score).to(tl.int32), 0) > 0
-    if wrong:
-        pair = (score.to(tl.int64) << 32) | (0x7FFFFFFF - chosen).to(tl.int64)
-        pair = tl.where(valid, pair, -0x8000000000000000)
-        chosen = 0x7FFFFFFF - (tl.sort(pair, descending=True) & 0x7FFFFFFF).to(tl.int32)
+    BITS: tl.constexpr = tl.standard._log2(K)
+    both = (_steps(score, low, highest, (1 << (31 - BITS)) - 1) << BITS) | (K - 1 - place)
+    both = tl.where(valid, both, -1)
+    both = tl.reshape(tl.trans(tl.reshape(both, [K // 16, 16])), [K])  # most exchanges become a thread's own
+    both = _descending(both, K)
+    chosen = tl.load(out_ptr + (K - 1 - (both & (K - 1))), mask=valid, other=-1)
     tl.debug_barrier()  # all have loaded
-    tl.store(out_ptr + place, tl.where(valid, chosen, -1), mask=place < top_k)
+    tl.store(out_ptr + place, chosen, mask=place < top_k)
+
+    # Where those few bits could not tell two scores apart, neighbours change places until all are in order.
+    phase = 0
+    settled = 0
+    while settled < 2:
+        tl.debug_barrier()
+        partner = tl.where((place + phase) % 2 == 0, place + 1, place - 1)
+        inside = valid & (partner >= 0) & (partner < count)
+        mine = tl.load(out_ptr + place, mask=inside, other=0).to(tl.int32)
+        other = tl.load(out_ptr + partner, mask=inside, other=0).to(tl.int32)
+        score = _ordered(tl.load(scores_ptr + mine, mask=inside, other=0.0))
+        rival = _ordered(tl.load(scores_ptr + other, mask=inside, other=0.0))
+        better = (score > rival) | ((score == rival) & (mine < other))
+        change = inside & (better != (place < partner))
+        tl.debug_barrier()
+        tl.store(out_ptr + place, other, mask=change)
+        settled = tl.where(tl.max(change.to(tl.int32), 0) > 0, 0, settled + 1)
+        phase = 1 - phase
 
 
 def best_of(scores, out, length: int, top_k: int) -> None:
