@@ -152,7 +152,8 @@ def select(
     chosen = tl.load(out_ptr + place, mask=valid, other=0).to(tl.int32)
     score = _ordered(tl.load(scores_ptr + chosen, mask=valid, other=float("-inf")))
     BITS: tl.constexpr = tl.standard._log2(K)
-    both = (_steps(score, low, highest, (1 << (31 - BITS)) - 1) << BITS) | (K - 1 - place)
+    STEPS: tl.constexpr = (1 << min(31 - BITS, 24)) - 1  # a number that fp32 has
+    both = (_steps(score, low, highest, STEPS) << BITS) | (K - 1 - place)
     both = tl.where(valid, both, -1)
     both = tl.reshape(tl.trans(tl.reshape(both, [K // 16, 16])), [K])  # most exchanges become a thread's own
     both = _descending(both, K)
@@ -172,7 +173,8 @@ def select(
         score = _ordered(tl.load(scores_ptr + mine, mask=inside, other=0.0))
         rival = _ordered(tl.load(scores_ptr + other, mask=inside, other=0.0))
         better = (score > rival) | ((score == rival) & (mine < other))
-        change = inside & (better != (place < partner))
+        worse = (score < rival) | ((score == rival) & (mine > other))
+        change = inside & tl.where(place < partner, worse, better)
         tl.debug_barrier()
         tl.store(out_ptr + place, other, mask=change)
         settled = tl.where(tl.max(change.to(tl.int32), 0) > 0, 0, settled + 1)
