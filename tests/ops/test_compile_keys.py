@@ -191,7 +191,7 @@ CASES: dict[str, tuple[str, str, Callable[[int, int], dict], int]] = {
     "indexer_k_load": ("indexer_cache", "indexer_k_load", loads, 1),
     "indexer_scores": ("indexer_scores", "indexer_scores", scores, 2),
     "indexer_scores_paged": ("indexer_scores", "indexer_scores_paged", paged_scores, 2),
-    "indexer_topk": ("indexer_scores", "indexer_topk", choices, 2),
+    "indexer_topk": ("indexer_scores", "indexer_topk", choices, 4),
     "compress_csa": ("compressor", "compress_csa", windows(4, 512, False), 1),
     "compress_csa with a window before": ("compressor", "compress_csa", windows(4, 512, True), 1),
     "compress_hca": ("compressor", "compress_hca", windows(128, 512, False), 1),

@@ -329,10 +329,26 @@ def check_paged(tensors: dict[str, Any], device: str = "cpu", **options) -> None
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
-def interpreted() -> int:
-    from dsv4_fusion.ops.triton import indexer_scores
+def check_choice(device: str, rows: int, lengths: tuple[int, ...], top_k: int) -> None:
+    """Top-k itself, of scores that a few bits cannot tell apart."""
+    from dsv4_fusion.ops.triton.indexer_select import best_of
 
-    indexer_scores.MOST = 16  # interpreted, a sort of 512 takes its time
+    generator = torch.Generator().manual_seed(2)
+    for length, outlier in itertools.product(lengths, (0.0, 1e6, 1e30, torch.inf, torch.nan, -torch.inf)):
+        scores = torch.randn(1, rows, -(-length // 16) * 16, generator=generator)
+        scores[..., : length // 3] = scores[..., : length // 3].round(decimals=1)
+        scores[..., length // 2] = outlier
+        for dtype in (torch.int32, torch.int64):
+            out = torch.full((1, rows, top_k), -7, dtype=dtype, device=device)
+            best_of(scores.to(device), out, length, top_k)
+            assert torch.equal(out.cpu(), best_ref(scores[..., :length], top_k, dtype)), (length, outlier)
+
+
+def interpreted() -> int:
+    from dsv4_fusion.ops.triton import indexer_select
+
+    indexer_select.MOST = 16  # interpreted, a sort of 512 takes its time
+    check_choice("cpu", 2, (37,), 16)
     count = 0
     for format, range in itertools.product(FORMATS, RANGES):
         sizes = ((2, 20, 128, 37, None), (3, 4, 64, 270, 2)) if range == "causal" else ((2, 5, 64, 37, 2),)
@@ -432,6 +448,7 @@ def test_ties_and_special_scores_on_the_gpu(poisoned):
     assert scores[:, 7].isnan().all()
     for _ in range(3):
         assert torch.equal(indexer_topk(**given, top_k=600), best_ref(scores, 600, torch.int64))
+    check_choice("cuda", 70, (500, 1000, 4000, 8000, 20000), 512)
 
 
 @pytest.mark.gpu

@@ -1,12 +1,14 @@
 """The indexer's scores on SM90: TMA, WGMMA, warp-specialised; a query's heads are columns, keys are rows.
 
 A matrix product of 64 keys and all heads of some queries stays in registers, where heads lie in a thread and its three
-neighbours: relu, weight and sum are two instructions a product, and the sum over heads crosses two lanes.
+neighbours: relu, weight and sum are two instructions a product, and the sum over heads crosses two lanes. Two
+warpgroups take turns, so that one multiplies matrices while the other sums.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -19,6 +21,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from torch import Tensor
 
+from .._library import compiling, layout, new
 from . import launch, ptx
 
 COLUMNS = 256  # heads of a block's queries, all together
@@ -26,6 +29,8 @@ KEYS = 128  # of a stage, 64 for each of two warpgroups
 CHUNK = 2048  # keys of a piece of work
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
+TURNS = 1  # the first of two named barriers
+SLOTS = 4  # of limits: two stages of queries, one that is being written, and one to spare
 LINE = 128  # bytes of a row that lie together in shared memory
 SHARED = 227 * 1024
 MINUS_INFINITY = 0xFF800000
@@ -44,6 +49,7 @@ class Scores:
     def __init__(self, heads: int, d: int, fp8: bool, limits: str) -> None:
         self.heads, self.d, self.fp8, self.limits = heads, d, fp8, limits
         self.queries = COLUMNS // heads
+        self.slot = 2 * self.queries + 2  # starts and ends, and the first and last stage
         size = 1 if fp8 else 2
         self.line = min(d, LINE // size)  # values of a row that lie together
         self.lines = d // self.line
@@ -84,6 +90,7 @@ class Scores:
             tile_q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(q_layout)], 1024]
             tile_k: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(k_layout)], 1024]
             tile_w: cute.struct.Align[cute.struct.MemRange[Float32, COLUMNS * self.tiles_q], 128]
+            limits: cute.struct.MemRange[Int32, SLOTS * self.slot]
 
         self.shared, self.dtype, self.result = Shared, dtype, out.element_type
         groups = (out.shape[0] + self.queries - 1) // self.queries
@@ -159,6 +166,7 @@ class Scores:
         s_q = storage.tile_q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         s_k = storage.tile_k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
         s_w = storage.tile_w.get_tensor(w_layout)
+        limits = storage.limits.get_tensor(cute.make_layout(SLOTS * self.slot))
         one = cute.make_layout(1)
         to_q, from_q = self._partition(tma_q, s_q, cute.local_tile(q, (COLUMNS, self.line), (None, None)), one)
         to_k, from_k = self._partition(tma_k, s_k, cute.local_tile(k, (KEYS, self.line), (None, None)), one)
@@ -166,14 +174,16 @@ class Scores:
         pipeline.pipeline_init_wait(cluster_shape_mn=(1, 1))
 
         length, pieces = out.shape[1], groups * chunks
+        rounds = _rounds(pieces, block, blocks)
         if group == 0:
             cute.arch.setmaxregister_decrease(40)
             if warp_index == 0:
                 q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                 k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-                for piece in cutlass.range(block, pieces, blocks):
+                for turn in cutlass.range(0, rounds):
+                    piece = _piece(turn, pieces, block, blocks)
                     few, chunk = piece // chunks, piece % chunks
-                    first, last = self._seen(start, end, out.shape[0], length, few, chunk, ratio)
+                    first, last = self._seen(start, end, out.shape[0], length, few, chunk, ratio, limits, turn)
                     q_stages.producer_acquire(q_state)
                     barrier = q_stages.producer_get_barrier(q_state)
                     for line in cutlass.range_constexpr(self.lines):
@@ -211,18 +221,23 @@ class Scores:
             q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.tiles_q)
             k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
 
-            for piece in cutlass.range(block, pieces, blocks):
+            if consumer == 1:
+                self._hand_over(consumer)
+            for turn in cutlass.range(0, rounds):
+                piece = _piece(turn, pieces, block, blocks)
                 few, chunk = piece // chunks, piece % chunks
-                first, last = self._seen(start, end, out.shape[0], length, few, chunk, ratio)
-                below, above = self._limits(start, end, out.shape[0], length, few, lane, ratio)
                 q_stages.consumer_wait(q_state)
+                first, last, below, above = self._limits(limits, turn, length, chunk, lane)
                 for i in cutlass.range_constexpr(COLUMNS // 4):
                     weight[i] = s_w[i // 2 * 8 + lane % 4 * 2 + i % 2, 0, q_state.index]
                 for tile in cutlass.range(first, last):
                     key = tile * KEYS + own
                     scales = self._key_scales(k_scale, key, length)
                     k_stages.consumer_wait(k_state)
+                    cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=CONSUMERS * GROUP)
                     self._multiply(a, b, k_state.index, q_state.index, products)
+                    warpgroup.wait_group(1)  # the other's follow the last of these
+                    self._hand_over(consumer)
                     warpgroup.wait_group(0)
                     k_stages.consumer_release(k_state)
                     k_state.advance()
@@ -236,43 +251,66 @@ class Scores:
                 end_tile = cutlass.min((chunk + 1) * (CHUNK // KEYS), (length + KEYS - 1) // KEYS)
                 for tile in cutlass.range(last, end_tile):
                     self._store(out, None, None, below, above, few, tile * KEYS + own, lane)
+            if consumer == 0:  # the other's last
+                cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=CONSUMERS * GROUP)
+
+    def _hand_over(self, consumer) -> None:
+        """To the other warpgroup, whose turn it is to multiply."""
+        cute.arch.barrier_arrive(barrier_id=TURNS + 1 - consumer, number_of_threads=CONSUMERS * GROUP)
 
     def _partition(self, atom, shared, source, layout):
         return cpasync.tma_partition(atom, 0, layout, cute.group_modes(shared, 0, 2), cute.group_modes(source, 0, 2))
 
     def _ends(self, start, end, query, length, ratio):
         """The keys that one query sees."""
-        if self.limits == "all":
-            return Int32(0), length
         if self.limits == "causal":
-            position = Int64(end[query])
-            return Int32(0), _clip((position + 1) // Int64(ratio), position >= 0, length)
-        low = Int64(0) if start is None else Int64(start[query])
-        high = Int64(length) if end is None else Int64(end[query])
-        return _clip(low, low >= 0, length), _clip(high, high >= 0, length)
+            after = cutlass.max(cutlass.min(Int64(end[query]), Int64(2**31 - 2)) + 1, Int64(0))
+            return Int32(0), cutlass.min(Int32(Uint32(after) // Uint32(ratio)), length)
+        low = Int32(0) if start is None else _within(Int64(start[query]), length)
+        high = length if end is None else _within(Int64(end[query]), length)
+        return low, high
 
-    def _seen(self, start, end, queries, length, few, chunk, ratio):
-        """The stages of a piece of work in which some query sees a key: from the first to before the last."""
-        low, high = length, Int32(0)
-        for i in range(self.queries):
-            query = cutlass.min(few * self.queries + i, queries - 1)
-            one = self._ends(start, end, query, length, ratio)
-            low, high = cutlass.min(low, one[0]), cutlass.max(high, one[1])
+    def _stages(self, length, chunk):
+        """All stages of a piece of work: from the first to before the last."""
         per = CHUNK // KEYS
-        most = cutlass.min((chunk + 1) * per, (length + KEYS - 1) // KEYS)
-        first = cutlass.min(cutlass.max(chunk * per, low // KEYS), most)
-        last = cutlass.max(cutlass.min(most, (high + KEYS - 1) // KEYS), first)
+        return chunk * per, cutlass.min((chunk + 1) * per, (length + KEYS - 1) // KEYS)
+
+    @cute.jit
+    def _seen(self, start, end, queries, length, few, chunk, ratio, limits, turn):
+        """The stages of a piece of work in which some query sees a key, found by the lanes of the warp that loads.
+
+        Limits are left where the consumers find them, before those wait for the queries.
+        """
+        first, last = self._stages(length, chunk)
+        if cutlass.const_expr(self.limits != "all"):
+            lane = cute.arch.lane_idx()
+            mine = lane % self.queries
+            low, high = self._ends(start, end, cutlass.min(few * self.queries + mine, queries - 1), length, ratio)
+            lowest, highest = low, high
+            for bit in cutlass.range_constexpr(self.queries.bit_length() - 1):
+                lowest = cutlass.min(lowest, cute.arch.shuffle_sync_bfly(lowest, offset=1 << bit))
+                highest = cutlass.max(highest, cute.arch.shuffle_sync_bfly(highest, offset=1 << bit))
+            first = cutlass.min(cutlass.max(first, lowest // KEYS), last)
+            last = cutlass.max(cutlass.min(last, (highest + KEYS - 1) // KEYS), first)
+            slot = turn % SLOTS * self.slot
+            if lane < self.queries:
+                limits[slot + mine] = low
+                limits[slot + self.queries + mine] = high
+            if lane == 0:
+                limits[slot + 2 * self.queries] = first
+                limits[slot + 2 * self.queries + 1] = last
+            cute.arch.sync_warp()
         return first, last
 
-    def _limits(self, start, end, queries, length, few, lane, ratio):
-        """What the queries see whose sums this thread stores."""
-        low, high = [], []
-        for i in range(max(1, self.queries // 4)):
-            query = cutlass.min(few * self.queries + self._query(lane, i), queries - 1)
-            one = self._ends(start, end, query, length, ratio)
-            low.append(one[0])
-            high.append(one[1])
-        return low, high
+    def _limits(self, limits, turn, length, chunk, lane):
+        """What :meth:`_seen` found: the stages, and what the queries see whose sums this thread stores."""
+        if self.limits == "all":
+            return *self._stages(length, chunk), None, None
+        slot = turn % SLOTS * self.slot
+        stages = [limits[slot + 2 * self.queries + i] for i in range(2)]
+        mine = [self._query(lane, i) for i in range(max(1, self.queries // 4))]
+        low = [limits[slot + query] for query in mine]
+        return *stages, low, [limits[slot + self.queries + query] for query in mine]
 
     def _query(self, lane, i: int):
         """Of the sums that a thread has in the end, number ``i`` of its queries."""
@@ -287,11 +325,15 @@ class Scores:
         return [k_scale[cutlass.min(key + 8 * i, length - 1)] for i in range(2)]
 
     def _multiply(self, a, b, k_index, q_index, products) -> None:
+        """Two groups, of which the second is the last product."""
         warpgroup.fence()
         tiled_mma = self._mma()
         tiled_mma.set(warpgroup.Field.ACCUMULATE, False)
+        steps = self.line // self.step
         for line in range(self.lines):
-            for step in range(self.line // self.step):
+            for step in range(steps):
+                if line * steps + step == self.lines * steps - 1:
+                    warpgroup.commit_group()
                 left = a[(None, None, step, k_index * self.lines + line)]
                 right = b[(None, None, step, q_index * self.lines + line)]
                 cute.gemm(tiled_mma, products, left, right, products)
@@ -346,10 +388,20 @@ class Scores:
             out[query, key] = value.to(self.result)
 
 
-def _clip(limit, positive, length) -> Int32:
-    """As int32 in [0, length]."""
-    within = cutlass.min(limit, Int64(length))
-    return Int32(cutlass.select_(positive, within, Int64(0)))
+def _rounds(pieces, block, blocks) -> Int32:
+    """How many pieces of work a block does."""
+    rounds = pieces // blocks
+    return rounds + Int32(pieces - 1 - _piece(rounds, pieces, block, blocks) < pieces)
+
+
+def _piece(turn, pieces, block, blocks) -> Int32:
+    """A block's piece of work: the last pieces, which may be the longest, are first, and back and forth for balance."""
+    back = turn % 2
+    return pieces - 1 - (turn * blocks + block + back * (blocks - 1 - 2 * block))
+
+
+def _within(limit, length) -> Int32:
+    return Int32(cutlass.max(cutlass.min(limit, Int64(length)), Int64(0)))
 
 
 def _choose(condition, yes: Float32, no: Float32) -> Float32:
@@ -397,7 +449,18 @@ def build(
     )
 
 
-_kernels: dict[tuple, object] = {}
+@functools.cache
+def _begin(*key):
+    return compiling().submit(build, *key)
+
+
+def _key(q, q_scale, start, end, positions, result: torch.dtype | None) -> tuple:
+    """What a kernel is compiled for."""
+    dtype, d = (q.dtype, q.shape[-1]) if q_scale is None else (torch.bfloat16, 2 * q.shape[-1])
+    ends = end if positions is None else positions
+    limits = "causal" if positions is not None else "all" if start is None and end is None else "range"
+    indices = tuple(None if limit is None else limit.dtype for limit in (start, ends))
+    return q.shape[-2], d, dtype, limits, indices, result or torch.float32
 
 
 @functools.cache
@@ -405,54 +468,98 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """[..., d] as a matrix with rows at multiples of 16 bytes."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+def _rows(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes of a tensor like this [..., d] a matrix with rows at multiples of 16 bytes."""
+    d = tensor.shape[-1]
+    rows = tensor.reshape(-1, d)
     if (rows.data_ptr() | rows.stride(0) * rows.element_size()) % 16 or rows.stride(1) != 1:
-        rows = rows.contiguous().clone()
-    return rows
+        return lambda tensor: tensor.reshape(-1, d).clone(memory_format=torch.contiguous_format)
+    return lambda tensor: tensor.reshape(-1, d)
 
 
-def _column(tensor: Tensor) -> Tensor:
-    """All of it as a matrix of one column, whose second would begin at a multiple of 16 bytes."""
-    flat = tensor.contiguous().view(-1)
-    flat = flat.clone() if flat.data_ptr() % 16 else flat
-    return flat.as_strided((flat.shape[0], 1), (1, -(-flat.shape[0] // 4) * 4))
+def _column(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same for a matrix of one column, whose second would begin at a multiple of 16 bytes."""
+    count = tensor.numel()
+    shape = (count, 1), (1, -(-count // 4) * 4)
+    if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+        return lambda tensor: tensor.clone(memory_format=torch.contiguous_format).as_strided(*shape)
+    return lambda tensor: tensor.as_strided(*shape)
 
 
 def scores_into(out, q, k, weights, q_scale, k_scale, start, end, causal, ratio) -> None:
     """As the function of this name in Triton."""
     if out.numel() == 0:
         return
+    limits = (start, None, end) if causal else (start, end, None)
+    kernel, processors = _begin(*_key(q, q_scale, *limits, out.dtype)).result(), _processors(q.device)
     if q_scale is not None:
         from ..triton.indexer_scores import expanded
 
         q, k, k_scale = expanded(q, q_scale), expanded(k, k_scale), None
-    limits = "causal" if causal else "all" if start is None and end is None else "range"
-    indices = tuple(None if limit is None else limit.dtype for limit in (start, end))
-    key = (q.shape[-2], q.shape[-1], q.dtype, limits, indices, out.dtype)
-    if (*key, q.device) not in _kernels:
-        _kernels[*key, q.device] = build(*key)
-    kernel, batch = _kernels[*key, q.device], q.shape[0]
-    for b in range(batch):
-        own = [None if limit is None else limit[b if limit.shape[0] == batch else 0] for limit in (start, end)]
-        scales = None if k_scale is None else k_scale[b]
-        result = out[b][:, : k.shape[1]]
-        kernel(_rows(q[b]), _rows(k[b]), _column(weights[b]), scales, *own, result, ratio, _processors(q.device))
+    for b in range(q.shape[0]):
+        own = [None if limit is None else limit[b if limit.shape[0] == q.shape[0] else 0] for limit in (start, end)]
+        tensors = [make(tensor[b])(tensor[b]) for make, tensor in ((_rows, q), (_rows, k), (_column, weights))]
+        scale = None if k_scale is None else k_scale[b]
+        kernel(*tensors, scale, *own, out[b][:, : k.shape[1]], ratio, processors)
 
 
-def indexer_scores(
-    q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None, *, ratio=4, dtype=None
-) -> Tensor:
-    from ..triton.indexer_scores import batched, ragged
+class Ragged:
+    """``dsv4::indexer_scores``, called as its public function without ``implementation``."""
 
-    out = q.new_empty([*q.shape[:-2], k.shape[-2]], dtype=dtype or torch.float32)
-    tensors = ragged(q, k, weights, q_scale, k_scale, start, end, positions)
-    scores_into(batched(out, 3), *tensors, positions is not None, ratio)
-    return out
+    def __call__(self, *tensors, **options) -> Tensor:
+        return self.bind(*tensors, **options)(*tensors)
+
+    def prepare(self, q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None,
+                *, dtype=None, **_) -> None:  # fmt: skip
+        """Begin to compile what any number of tokens will need; the tensors may be fake."""
+        _begin(*_key(q, q_scale, start, end, positions, dtype))
+
+    def bind(
+        self, q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None,
+        *, ratio=4, dtype=None, **_,
+    ) -> Callable[..., Tensor]:  # fmt: skip
+        """A function that does this for tensors with the same metadata."""
+        from ..triton.indexer_scores import batched, ragged
+
+        device, causal = q.device, positions is not None
+        result = layout((*q.shape[:-2], k.shape[-2]), dtype or torch.float32)
+        if 0 in result[0]:
+            return lambda *_, **__: new(result, device)
+        if q.dim() == 4 or q_scale is not None:
+
+            def several(q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None, **_) -> Tensor:
+                out = new(result, device)
+                tensors = ragged(q, k, weights, q_scale, k_scale, start, end, positions)
+                scores_into(batched(out, 3), *tensors, causal, ratio)
+                return out
+
+            return several
+
+        kernel, processors = _begin(*_key(q, None, start, end, positions, dtype)).result(), _processors(device)
+        q_rows, k_rows, column = _rows(q), _rows(k), _column(weights)
+
+        def launch(q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None, **_) -> Tensor:
+            out = new(result, device)
+            ends = positions if causal else end
+            kernel(q_rows(q), k_rows(k), column(weights), k_scale, start, ends, out, ratio, processors)
+            return out
+
+        return launch
 
 
-def indexer_topk(*tensors, **options) -> Tensor:
-    from ..triton.indexer_scores import best
+indexer_scores = Ragged()
 
-    return best(scores_into, *tensors, **options)
+
+class Best:
+    """``dsv4::indexer_topk`` in the same way."""
+
+    def __call__(self, *tensors, **options) -> Tensor:
+        from ..triton.indexer_scores import best
+
+        return best(scores_into, *tensors, **options)
+
+    def prepare(self, *tensors, dtype=None, **_) -> None:
+        indexer_scores.prepare(*tensors)
+
+
+indexer_topk = Best()

@@ -17,10 +17,9 @@ import triton.language as tl
 from .indexer import has_e4m3
 from .indexer_cache import _from_e2m1, _from_e4m3
 from .indexer_row import rounded, widen
-from .indexer_select import select
+from .indexer_select import best_of
 
 QUERIES = 16  # a program, at most: so many share the load of its keys
-MOST = 512  # keys chosen, in V4-Flash; short sequences have fewer, and no kernel of their own
 PROGRAMS = 528  # wanted at least, four for each multiprocessor of an H200
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter multiplies bf16 as integers
 BF16, FP8, MXFP4 = (tl.constexpr(format) for format in range(3))
@@ -373,10 +372,7 @@ def best(
             k_part = None if k_scale is None else k_scale[few]
             tensors = q[part], k[few], weights[part], scale, k_part, limit(start), limit(end)
             scores_into(into, *tensors, positions is not None, ratio)
-            select[(rows.shape[1], rows.shape[0])](
-                into, rows, into.stride(0), into.stride(1), rows.stride(0), length, top_k,
-                max(MOST, triton.next_power_of_2(top_k)), 1024 if length <= 1024 else 4096, num_warps=4,
-            )  # fmt: skip
+            best_of(into, rows, length, top_k)
     return out
 
 
