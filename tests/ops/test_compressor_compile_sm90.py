@@ -66,7 +66,7 @@ def paged_cases() -> Iterator[Case]:
             "starts": empty(9, dtype=torch.int32),
             "cos": empty(4096, 32),
             "sin": empty(4096, 32),
-            "state": empty(50, 8, 2, width),
+            "state": empty(50, 16, 2, width),
             "state_table": empty(8, 16, dtype=torch.int32),
             "cache": empty(9, bytes_, dtype=torch.uint8),
             "slots": empty(100, dtype=integers),
