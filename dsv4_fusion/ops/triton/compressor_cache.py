@@ -71,6 +71,29 @@ def _save_tokens(
 
 
 @triton.jit
+def _new_rows(
+    inside, kv_ptr, gate_ptr, bias_ptr, kv_stride, gate_stride, bias_stride, closing, begin, step,
+    D: tl.constexpr, RATIO: tl.constexpr, LENGTH: tl.constexpr, G: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Values and gates of the rows ``inside`` a window's tile number ``step``, from this call; 0 and -inf of others."""
+    SERIES: tl.constexpr = LENGTH // RATIO
+    line, inside = tl.arange(0, G), inside[:, None]
+    column = begin + tl.arange(0, COLS)[None, :]
+    if RATIO % G == 0:  # a tile's rows are of one series
+        shifted = column + (0 if step * G < LENGTH - RATIO else (SERIES - 1) * D)
+        bias_row = (step * G) % RATIO + line
+    else:
+        shifted = tl.where(step * G + line < LENGTH - RATIO, 0, (SERIES - 1) * D)[:, None] + column
+        bias_row = (step * G + line) % RATIO
+    ours = (closing - (LENGTH - 1) + step * G).to(tl.int64)
+    gate_ptr = (gate_ptr + ours * gate_stride + line * gate_stride)[:, None] + shifted
+    gate = wide(tl.load(gate_ptr, mask=inside, other=float("-inf")))
+    gate += wide(tl.load(bias_ptr + (bias_row * bias_stride)[:, None] + shifted, mask=inside, other=0.0))
+    kv_ptr = (kv_ptr + ours * kv_stride + line * kv_stride)[:, None] + shifted
+    return wide(tl.load(kv_ptr, mask=inside, other=0.0)), gate
+
+
+@triton.jit
 def _pooled(
     kv_ptr, gate_ptr, bias_ptr, state_ptr, table_ptr, kv_stride, gate_stride, bias_stride, state_stride, table_stride,
     closing, at, start, request, begin, pages, ring,
@@ -89,6 +112,17 @@ def _pooled(
     turn = first % count
     line = tl.arange(0, G)
     column = begin + tl.arange(0, COLS)[None, :]
+    new_values = ()
+    new_gates = ()
+    if not ALONE:
+        for step in tl.static_range(STEPS):
+            row = step * G + line
+            kv, gate = _new_rows(
+                (row < LENGTH) & (closing - (LENGTH - 1) + row >= start), kv_ptr, gate_ptr, bias_ptr,
+                kv_stride, gate_stride, bias_stride, closing, begin, step, D, RATIO, LENGTH, G, COLS,
+            )  # fmt: skip
+            new_values = new_values + (kv,)  # noqa: RUF005
+            new_gates = new_gates + (gate,)  # noqa: RUF005
     values = ()
     gates = ()
     for step in tl.static_range(STEPS):
@@ -97,37 +131,36 @@ def _pooled(
         if EVEN:  # the same for all rows of the tile, but for the place in the page
             at_row, there = at - (LENGTH - 1) + step * G, step * G < LENGTH
         old = (at_row >= 0) & there
-        index = turn + (tl.maximum(at_row, 0) // N - first)
+        index = turn + ((tl.maximum(at_row, 0).to(tl.uint32) // N).to(tl.int32) - first)
         index -= tl.where(index >= count, count, 0)
         page = tl.load(table_ptr + request * table_stride + index, mask=old, other=-1).to(tl.int64)
         old &= (page >= 0) & (page < pages)
-        old_ptr = state_ptr + page * state_stride + (at_row % N) * (2 * SERIES * D)
+        old_ptr = state_ptr + page * state_stride + (at_row.to(tl.uint32) % N).to(tl.int32) * (2 * SERIES * D)
         if EVEN:
             shifted = column + (0 if step * G < LENGTH - RATIO else (SERIES - 1) * D)
             old_ptr = old_ptr + line * (2 * SERIES * D)
-            bias_row = (step * G) % RATIO + line
         else:
             shifted = tl.where(row < LENGTH - RATIO, 0, (SERIES - 1) * D)[:, None] + column
-            bias_row = row % RATIO
-        inside = (row < LENGTH) & (closing - (LENGTH - 1) + row >= start)
+        last = row == LENGTH - 1
         if ALONE:
-            inside = row == LENGTH - 1
-        inside, old = inside[:, None], (old & ~inside)[:, None]
-        old_ptr = old_ptr[:, None] + shifted
-        if ALONE and G == 1 and step == LENGTH - 1:
-            gate = tl.full([G, COLS], float("-inf"), tl.float32)
-            kv = tl.zeros([G, COLS], tl.float32)
+            old = old & (row < LENGTH - 1)
+        else:
+            old = old & (row < LENGTH) & (closing - (LENGTH - 1) + row < start)
+        old, old_ptr = old[:, None], old_ptr[:, None] + shifted
+        if not ALONE:  # what is not loaded stays in its register
+            gate = tl.load(old_ptr + SERIES * D, mask=old, other=new_gates[step])
+            kv = tl.load(old_ptr, mask=old, other=new_values[step])
+        elif step == (LENGTH - 1) // G:
+            kv, gate = _new_rows(
+                last, kv_ptr, gate_ptr, bias_ptr,
+                kv_stride, gate_stride, bias_stride, closing, begin, step, D, RATIO, LENGTH, G, COLS,
+            )  # fmt: skip
+            if G > 1:
+                gate = tl.where(last[:, None], gate, tl.load(old_ptr + SERIES * D, mask=old, other=float("-inf")))
+                kv = tl.where(last[:, None], kv, tl.load(old_ptr, mask=old, other=0.0))
         else:
             gate = tl.load(old_ptr + SERIES * D, mask=old, other=float("-inf"))
             kv = tl.load(old_ptr, mask=old, other=0.0)
-        if not ALONE or step == (LENGTH - 1) // G:
-            ours = (closing - (LENGTH - 1) + step * G).to(tl.int64)
-            new_ptr = (gate_ptr + ours * gate_stride + line * gate_stride)[:, None] + shifted
-            new = wide(tl.load(new_ptr, mask=inside, other=0.0))
-            new += wide(tl.load(bias_ptr + (bias_row * bias_stride)[:, None] + shifted, mask=inside, other=0.0))
-            gate = tl.where(inside, new, gate)
-            new_ptr = (kv_ptr + ours * kv_stride + line * kv_stride)[:, None] + shifted
-            kv = tl.where(inside, wide(tl.load(new_ptr, mask=inside, other=0.0)), kv)
         values = values + (kv,)  # noqa: RUF005
         gates = gates + (gate,)  # noqa: RUF005
     return pool(values, gates, STEPS, G, 1, COLS)
@@ -225,9 +258,10 @@ def insert(
             if (closing < after) & reaches & (slot >= 0) & (slot < end) & (angle < angles):
                 one = tl.zeros([1], tl.int64)
                 here = one == 0
-                cos = load_angles(cos_ptr, one + angle.to(tl.int64) * cos_stride, here, D, R)
-                sin = load_angles(sin_ptr, one + angle.to(tl.int64) * sin_stride, here, D, R)
-                weight = wide(tl.load(weight_ptr + tl.arange(0, D)))
+                if SPLITS == 1:  # long before they are needed
+                    cos = load_angles(cos_ptr, one + angle.to(tl.int64) * cos_stride, here, D, R)
+                    sin = load_angles(sin_ptr, one + angle.to(tl.int64) * sin_stride, here, D, R)
+                    weight = wide(tl.load(weight_ptr + tl.arange(0, D)))
                 if closing == start:
                     pooled = _pooled(
                         kv_ptr, gate_ptr, bias_ptr, state_ptr, table_ptr,
@@ -253,6 +287,9 @@ def insert(
                     if SPLITS > 1:
                         tl.store(counter_ptr + entry_index, 0)  # as the next call finds it
                         entry = tl.load(entry_ptr + tl.arange(0, D)[None, :], cache_modifier=".cg")
+                        cos = load_angles(cos_ptr, one + angle.to(tl.int64) * cos_stride, here, D, R)
+                        sin = load_angles(sin_ptr, one + angle.to(tl.int64) * sin_stride, here, D, R)
+                        weight = wide(tl.load(weight_ptr + tl.arange(0, D)))
                     else:
                         entry = pooled
                     entry = finish(entry, weight, cos, sin, eps, 1, D, R)
@@ -334,7 +371,8 @@ def _insert(
         entries = (1 + overlap) * (requests + blocks)
         counter, pooled = zeroed(entries, kv.device), kv.new_empty([entries * d], dtype=torch.float32)
     num_warps = warps(g * columns, 4)
-    saved = max(1, 16 * 32 * num_warps // d)
+    registers = 128 if num_warps == 4 else 80  # four or three programs a multiprocessor
+    saved = max(1, 8 * 32 * num_warps // d)
     insert[((requests + blocks) * splits + triton.cdiv(tokens, saved),)](
         kv, gate, position_bias, norm_weight, positions, requests_of, starts, cos, sin, state, state_table, cache,
         slots, counter, pooled, kv.stride(0), gate.stride(0), position_bias.stride(0), cos.stride(0), sin.stride(0),
@@ -342,7 +380,7 @@ def _insert(
         state.shape[1] * state_table.shape[1], cos.shape[0], cache.shape[0] * page_size, norm_eps,
         d, 2 * cos.shape[1], ratio, overlap,
         state.shape[1], page_size, format, hadamard, format != "mxfp4" and has_e4m3(kv.device),
-        steps, g, columns, saved, num_warps=num_warps, enable_fp_fusion=False,
+        steps, g, columns, saved, num_warps=num_warps, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def exponential(x):
     """e^x for x from -inf to 0; the constants are those of ``exp_ref``. What comes out below -87 is replaced at the end."""
     shifted = x * 1.4426950216293335 + 12582912.0  # its last bits are those of the integer n
     n = shifted - 12582912.0
-    r = (x - n * 0.693359375) - n * -0.00021219444170128554
+    r = tl.fma(n, -0.693359375, x) - n * -0.00021219444170128554  # the first product is exact: fused, the same bits
     y = r * 0.00019899391918443143 + 0.0013933733571320772
     y = y * r + 0.0083332983776927
     y = y * r + 0.041666463017463684
