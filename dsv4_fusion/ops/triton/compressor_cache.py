@@ -28,7 +28,7 @@ def _save(
     COLS: tl.constexpr,
 ):  # fmt: skip
     """Tokens [n] into the state: COLS columns of each series."""
-    page_ptr = table_ptr + request * table_stride + (position // N) % (ring // N)
+    page_ptr = table_ptr + request.to(tl.int64) * table_stride + (position // N) % (ring // N)
     page = tl.load(page_ptr, mask=mask, other=-1).to(tl.int64)
     there = mask & (page >= 0) & (page < pages)
     page, there = tl.where(there, page, 0), there[:, None]
@@ -133,7 +133,7 @@ def _pooled(
         old = (at_row >= 0) & there
         index = turn + ((tl.maximum(at_row, 0).to(tl.uint32) // N).to(tl.int32) - first)
         index -= tl.where(index >= count, count, 0)
-        page = tl.load(table_ptr + request * table_stride + index, mask=old, other=-1).to(tl.int64)
+        page = tl.load(table_ptr + request.to(tl.int64) * table_stride + index, mask=old, other=-1).to(tl.int64)
         old &= (page >= 0) & (page < pages)
         old_ptr = state_ptr + page * state_stride + (at_row.to(tl.uint32) % N).to(tl.int32) * (2 * SERIES * D)
         if EVEN:
@@ -225,7 +225,7 @@ def insert(
         # The first token, and the first that closes a window; loads that need not wait for each other come together
         head = index < requests
         if head:
-            request = index.to(tl.int64)
+            request = index
             start = tl.load(starts_ptr + index).to(tl.int32)
             after = tl.minimum(tl.load(starts_ptr + index + 1).to(tl.int32), T)
             guess = tl.load(positions_ptr + index, mask=index < T, other=0)  # right where each request has one token
@@ -239,17 +239,18 @@ def insert(
         else:
             # Of a window that closes here and is whole, the block's first token is one
             token = (index - requests) * RATIO
-            request = tl.load(requests_ptr + token).to(tl.int64)
+            owner = tl.load(requests_ptr + token).to(tl.int64)
+            request = owner.to(tl.int32)
             position = tl.load(positions_ptr + token).to(tl.int32)
             closing = token + (RATIO - 1) - position % RATIO
             start = closing - (LENGTH - 1)
             after = tl.minimum(closing + 1, T)
             position += start - token
-            mine = (request >= 0) & (request < requests) & (position >= 0)
+            mine = (owner >= 0) & (owner < requests) & (position >= 0)
             mine = mine & (start >= 0) & (closing >= token) & (closing < after)
             ends = tl.load(requests_ptr + closing, mask=mine, other=-1).to(tl.int64)
             begins = tl.load(requests_ptr + start, mask=mine, other=-1).to(tl.int64)
-            tries = tl.where(mine & (ends == request) & (begins == request), 1, 0)
+            tries = tl.where(mine & (ends == owner) & (begins == owner), 1, 0)
         for attempt in range(tries):
             slot = tl.load(slots_ptr + closing, mask=closing < after, other=-1).to(tl.int64)
             at = position + (closing - start)
@@ -289,6 +290,7 @@ def insert(
                         entry = tl.load(entry_ptr + tl.arange(0, D)[None, :], cache_modifier=".cg")
                         cos = load_angles(cos_ptr, one + angle.to(tl.int64) * cos_stride, here, D, R)
                         sin = load_angles(sin_ptr, one + angle.to(tl.int64) * sin_stride, here, D, R)
+                        slot = tl.load(slots_ptr + closing).to(tl.int64)  # again: so it takes no register until here
                         weight = wide(tl.load(weight_ptr + tl.arange(0, D)))
                     else:
                         entry = pooled
@@ -371,7 +373,7 @@ def _insert(
         entries = (1 + overlap) * (requests + blocks)
         counter, pooled = zeroed(entries, kv.device), kv.new_empty([entries * d], dtype=torch.float32)
     num_warps = warps(g * columns, 4)
-    registers = 128 if num_warps == 4 else 80  # four or three programs a multiprocessor
+    registers = {4: 128, 8: 80}.get(num_warps)  # four or three programs a multiprocessor
     saved = max(1, 8 * 32 * num_warps // d)
     insert[((requests + blocks) * splits + triton.cdiv(tokens, saved),)](
         kv, gate, position_bias, norm_weight, positions, requests_of, starts, cos, sin, state, state_table, cache,

@@ -36,7 +36,7 @@ def wide(x):
 
 @triton.jit
 def exponential(x):
-    """e^x for x from -inf to 0; the constants are those of ``exp_ref``. What comes out below -87 is replaced at the end."""
+    """e^x for x from -inf to 0; the constants are those of ``exp_ref``. What comes out below -87 is replaced."""
     shifted = x * 1.4426950216293335 + 12582912.0  # its last bits are those of the integer n
     n = shifted - 12582912.0
     r = tl.fma(n, -0.693359375, x) - n * -0.00021219444170128554  # the first product is exact: fused, the same bits
