@@ -373,7 +373,8 @@ def _insert(
         entries = (1 + overlap) * (requests + blocks)
         counter, pooled = zeroed(entries, kv.device), kv.new_empty([entries * d], dtype=torch.float32)
     num_warps = warps(g * columns, 4)
-    registers = {4: 128, 8: 80}.get(num_warps)  # four or three programs a multiprocessor
+    # Four or three programs a multiprocessor; fp32 rows need more registers
+    registers = {4: 128, 8: 80}.get(num_warps) if kv.dtype == torch.bfloat16 else None
     saved = max(1, 8 * 32 * num_warps // d)
     insert[((requests + blocks) * splits + triton.cdiv(tokens, saved),)](
         kv, gate, position_bias, norm_weight, positions, requests_of, starts, cos, sin, state, state_table, cache,
