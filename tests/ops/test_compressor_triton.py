@@ -32,7 +32,12 @@ DENSE = (
 PAGED = (
     ("compress_csa_insert", paged.in_pieces, {"d": 512}),
     ("compress_csa_insert", paged.at_once, {"d": 128, "format": "fp8", "page_size": 16, "hadamard": True}),
-    ("compress_csa_insert", paged.in_pieces, {"d": 128, "format": "mxfp4", "spare": 5, "dtype": torch.float32}),
+    # Twelve tokens at once: their first program pools two windows, and writes rows that these have read
+    (
+        "compress_csa_insert",
+        paged.in_pieces,
+        {"format": "mxfp4", "spare": 5, "dtype": torch.float32, "lengths": (9, 2, 26)},
+    ),
     ("compress_csa_insert", paged.at_once, {"ratio": 3, "n": 1, "parameters": torch.bfloat16, "lengths": (9, 2)}),
     ("compress_hca_insert", paged.one_by_one, {"spare": 3, "lengths": (9, 3)}),
     ("compress_hca_insert", paged.all_but_one, {"ratio": 16, "n": 8, "lengths": (16,)}),
