@@ -122,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     try:
-        return arguments.run(arguments)
+        with _collecting_rarely():
+            return arguments.run(arguments)
     except UsageError as error:
         print(f"python -m dsv4_fusion {arguments.command}: error: {error}", file=sys.stderr)
         return 2
@@ -187,7 +188,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     layers = net.config.num_hidden_layers
     parameters = sum(parameter.numel() for parameter in net.parameters())
     size = "1 layer" if layers == 1 else f"{layers} layers"
-    with _progress(f"tracing {size}"), _collecting_rarely():
+    with _progress(f"tracing {size}"):
         report = explain(net, torch.zeros(1, arguments.tokens, dtype=torch.long, device="meta"), use_cache=False)
     if arguments.html is not None:
         try:
@@ -257,6 +258,9 @@ def meta_model(fields: dict[str, Any]) -> torch.nn.Module:
     except Exception as error:  # transformers' validation raises many kinds
         raise UsageError(f"transformers does not take this configuration: {type(error).__name__}: {error}") from None
     keep = set(getattr(net, "_keep_in_fp32_modules_strict", None) or ())
+    hidden = torch.empty(1, config.hidden_size, dtype=torch.bfloat16, device="meta")
+    if net.model.norm(hidden).dtype != torch.bfloat16:  # transformers 5.17: no linear layer takes that
+        keep = {name for name in keep if "norm" not in name}
     for name, parameter in net.named_parameters():
         if not keep.intersection(name.split(".")):
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -271,7 +275,7 @@ def _warmup(arguments: argparse.Namespace) -> int:
     problem = None if torch.cuda.is_available() else f"kernels are compiled for the GPU of this machine: {no_gpu()}"
     work, results = list[Call](), list[dict[str, Any]]()
     if problem is None:
-        with _progress("tracing"), _collecting_rarely():
+        with _progress("tracing"):
             work = calls(meta_model(fields))
         problem = None if work else "nothing in this model is fused: see python -m dsv4_fusion explain"
     if problem is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,12 +109,25 @@ def explain(
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=tracing_backend, dynamic=dynamic)
-    with torch.no_grad():
+    with torch.no_grad(), _constants_of_any_device():
         compiled(*args, **kwargs)
     torch._dynamo.reset()
     if len(report.sites) < int(ours.strict):
         raise FusionError(f"strict: {int(ours.strict)} fused sites wanted, found {len(report.sites)}\n{report}")
     return report
+
+
+@contextlib.contextmanager
+def _constants_of_any_device() -> Iterator[None]:
+    """``torch.tensor(0.0, device="meta")`` in a model is no fake tensor to PyTorch 2.11, which then refuses it."""
+    from torch._subclasses.fake_tensor import fake_tensor_tls
+
+    before = fake_tensor_tls.allow_non_fake_inputs_override
+    fake_tensor_tls.allow_non_fake_inputs_override = True
+    try:
+        yield
+    finally:
+        fake_tensor_tls.allow_non_fake_inputs_override = before
 
 
 def _split(mode: str | None, options: Mapping[str, Any] | None) -> tuple[FusionOptions, dict[str, Any]]:

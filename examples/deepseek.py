@@ -480,7 +480,7 @@ def main() -> None:
     print(report)
     boundaries = 2 * len(config.compress_ratios) - 1
     assert report.graphs == 1 and not report.near_misses
-    expected = {"hc_pre": 1, "hc_post_pre": boundaries, "hc_post_head": 1, "indexer_q_mxfp4": 1}
+    expected = {"hc_pre": 1, "hc_post_pre": boundaries, "hc_post_head": 1, "indexer_topk": 1}
     assert report.counts == expected | {"compress_csa": 2, "compress_hca": 1}
 
 

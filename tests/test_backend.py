@@ -294,6 +294,11 @@ for step in sys.argv[2:]:
         (table,) = pathlib.Path(sys.argv[1], "dsv4_fusion").iterdir()
         table.unlink()
         continue
+    if step.endswith(".py"):
+        manager = sys.modules["dsv4_fusion.passes._manager"]
+        manager.__file__ = step
+        manager._source_hash.cache_clear()
+        continue
     counters.clear()
     torch._dynamo.reset()
     compiled = torch.compile(hc_pre, backend="dsv4_fusion", options={"reference": True, "strict": int(step)})
@@ -305,14 +310,14 @@ for step in sys.argv[2:]:
 """
 
 
-def cached_run(cache: Path, *steps: str, package: Path = ROOT) -> list[list]:
+def cached_run(cache: Path, *steps: str) -> list[list]:
     """In a process of its own, for each compile with ``strict=<step>``: cache hits, whether the report is of then, it.
 
-    The step "lost" removes the kept reports.
+    The step "lost" removes the kept reports; from a step that is a file on, the package's sources are those around it.
     """
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": prepend(package)}
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": prepend(ROOT)}
     command = [sys.executable, "-c", CACHED, str(cache), *steps]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=package)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -323,10 +328,15 @@ def prepend(package: Path) -> str:
 
 def test_another_process_hits_the_cache_and_a_change_misses_it(tmp_path):
     """What is hit reports what was fused in it; where that is lost, how to get it."""
-    cache, changed = tmp_path / "cache", tmp_path / "changed"
+    cache, manager = tmp_path / "cache", Path("passes", "_manager.py")
+    for folder in ("copied", "changed"):
+        shutil.copytree(ROOT / "dsv4_fusion", tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "changed" / "passes" / "_pattern.py").open("a") as source:
+        source.write("# a change\n")
+    sources = [str(tmp_path / folder / manager) for folder in ("copied", "changed")]
     ((hits, cached, table),) = cached_run(cache, "0")
     assert not hits and not cached and table["counts"] == {"hc_pre": 1}
-    (same, lost, option) = cached_run(cache, "0", "lost", "0", "1")
+    same, lost, option, copied, changed = cached_run(cache, "0", "lost", "0", "1", sources[0], "0", sources[1], "0")
     hits, cached, again = same
     assert hits and cached and again == table | {"cached": True}
     hits, cached, unknown = lost
@@ -334,12 +344,8 @@ def test_another_process_hits_the_cache_and_a_change_misses_it(tmp_path):
     (note,) = unknown["notes"]
     assert "out of Inductor's cache" in note and "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1" in note
     assert option[:2] == [0, False]
-    for part in ("dsv4_fusion", "examples"):
-        shutil.copytree(ROOT / part, changed / part)
-    with (changed / "dsv4_fusion" / "passes" / "_pattern.py").open("a") as source:
-        source.write("# a change\n")
-    ((hits, cached, _),) = cached_run(cache, "0", package=changed)
-    assert not hits and not cached
+    assert copied[0] and copied[1]
+    assert changed[:2] == [0, False]
 
 
 @pytest.mark.parametrize(

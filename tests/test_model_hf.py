@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -38,20 +40,28 @@ def keep_fp32(net: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "batch", "length"),
-    [(torch.float32, 2, 33), (torch.bfloat16, 1, 1), (torch.bfloat16, 2, 32), (torch.float16, 1, 32)],
+    ("dtype", "batch", "length", "changes"),
+    [
+        (torch.float32, 2, 33, {}),
+        (torch.bfloat16, 2, 32, {}),
+        (torch.bfloat16, 1, 1, QUICK),
+        (torch.float16, 1, 32, QUICK),
+    ],
+    ids=["fp32", "bf16", "one-token", "fp16"],
 )
-def test_whole_model(dtype, batch, length):
-    report = dsv4_fusion.explain(model("tiny", LAYERS, dtype), tokens(batch, length), use_cache=False)
+def test_whole_model(dtype, batch, length, changes):
+    net = model("tiny", LAYERS, dtype, **changes)
+    report = dsv4_fusion.explain(net, tokens(batch, length), use_cache=False)
     assert report.counts == whole_model(LAYERS), report
     assert not report.near_misses, report
     assert report.graphs == 1
-    assert report.nodes_before - report.nodes_after > 150 * (2 * LAYERS), report
+    assert report.nodes_before - report.nodes_after > 7 * net.config.hc_sinkhorn_iters * (2 * LAYERS), report
 
 
 @pytest.mark.parametrize(
     ("dtype", "batch", "layers", "specialize_float"),  # without the last, PyTorch traces everything twice
     [(torch.float32, 2, LAYERS, True), (torch.bfloat16, 1, 1, False)],
+    ids=["fp32", "symbolic-floats"],
 )
 def test_dynamic_shapes(dtype, batch, layers, specialize_float):
     net = model("tiny", layers, dtype, **QUICK)
@@ -66,16 +76,16 @@ def test_four_layers(monkeypatch):
     matched = []  # the time of each try: one may meet the garbage collector
 
     def again(self, graph):
-        for _ in range(2):
+        while len(matched) < 2 and min(matched, default=math.inf) >= allowed:
             once(FusionPass(self.options, lambda report: matched.append(report.seconds), rewrite=False), graph)
         once(self, graph)
 
-    once = FusionPass.__call__
+    once, allowed = FusionPass.__call__, 0.1 * sum(whole_model(4).values())
     monkeypatch.setattr(FusionPass, "__call__", again)
     report = dsv4_fusion.explain(model("tiny", 4), tokens(1, 32), use_cache=False)
     assert report.counts == whole_model(4), report
     assert [entry.path for entry in report.left_alone] == ["model.layers.2.self_attn.compressor.indexer.scorer"], report
-    assert min(report.seconds, *matched) < 0.1 * len(report.sites), report
+    assert min(report.seconds, *matched) < allowed, report
     compressor = "model.layers.2.self_attn.compressor"
     assert [(site.fusion, site.path) for site in report.sites if site.fusion.startswith("compress_")] == [
         ("compress_csa", compressor),
@@ -98,15 +108,17 @@ def test_checkpoint_dtypes():
     assert not report.near_misses, report
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prefill_and_decode_with_cache(dtype):
-    net = model("tiny", LAYERS, dtype, **QUICK)
+@pytest.mark.parametrize(
+    ("dtype", "layers"), [(torch.float32, 1), (torch.bfloat16, LAYERS)], ids=["fp32-cache", "bf16"]
+)
+def test_prefill_and_decode_with_cache(dtype, layers):
+    net = model("tiny", layers, dtype, **QUICK)
     prefill = dsv4_fusion.explain(net, tokens(2, 33), use_cache=True)
-    assert prefill.counts == whole_model(LAYERS), prefill
+    assert prefill.counts == whole_model(layers), prefill
     with torch.no_grad():
         cache = net(tokens(2, 33), use_cache=True).past_key_values
     decode = dsv4_fusion.explain(net, tokens(2, 1), past_key_values=cache, use_cache=True)
-    assert decode.counts == whole_model(LAYERS), decode
+    assert decode.counts == whole_model(layers), decode
     assert not prefill.near_misses + decode.near_misses
 
 
@@ -156,17 +168,15 @@ def logits(compiled, ids: torch.Tensor) -> torch.Tensor:
         return compiled(ids, use_cache=False).logits.double()
 
 
-def test_compiled_fp32_is_as_near_to_float64_as_without_the_pass():
+def test_compiled_fp32_is_as_near_to_float64_as_eager():
     net, ids = model("tiny", 1), tokens(2, 32)
-    torch._dynamo.reset()
-    plain = logits(torch.compile(net, backend="inductor"), ids)
     torch._dynamo.reset()
     ours = logits(torch.compile(net, backend="dsv4_fusion", options={"reference": True, "strict": 3}), ids)
     torch._dynamo.reset()
     eager = logits(net, ids)
     truth = logits(in_float64(net), ids)
     reached = (ours - truth).abs().max()
-    assert reached <= 2 * max((plain - truth).abs().max(), (eager - truth).abs().max())
+    assert reached <= 2 * (eager - truth).abs().max()
     assert 0 < reached < 1e-4
 
 
@@ -182,8 +192,8 @@ class Recorder(FusionPass):
         super().__init__(FusionOptions(), lambda report: None, rewrite=False)
         self.matches = []
 
-    def first_match(self, computation, anchor, claimed):
-        result = super().first_match(computation, anchor, claimed)
+    def first_match(self, computation, anchor, claimed, traced):
+        result = super().first_match(computation, anchor, claimed, traced)
         if isinstance(result, tuple):
             self.matches.append(result[0])
         return result
@@ -253,7 +263,8 @@ def check_accuracy(net: torch.nn.Module, ids: torch.Tensor, layers: int) -> None
             allowed = 1.05 * distance(old, expected) + 1e-7  # 1e-7: one fp32 rounding
             assert distance(got, expected) <= allowed, f"{match.fusion.name}: {name}"
             checked += 1
-    assert checked == 3 + 4 * (2 * layers - 1) + 1
+    counts, outputs = whole_model(layers), {"hc_pre": 3, "hc_post_pre": 4}
+    assert checked == sum(count * outputs.get(name, 1) for name, count in counts.items())
 
 
 def test_every_bf16_site_is_no_farther_from_float64_than_eager():

@@ -129,3 +129,9 @@ def round_mxfp4(x: Tensor, amax_floor: float) -> Tensor:
 
 def index_score(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
     return (torch.einsum("bshd,btd->bsht", q, k).relu() * weights.unsqueeze(-1)).sum(2)
+
+
+def index_choice(score: Tensor, closed: Tensor, top_k: int) -> Tensor:
+    score = score.masked_fill(torch.arange(score.shape[-1], device=score.device) >= closed, float("-inf"))
+    chosen = score.topk(top_k, -1).indices
+    return torch.where(chosen >= closed, -1, chosen)

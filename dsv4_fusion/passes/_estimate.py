@@ -8,9 +8,11 @@ the numbers are for comparing a graph with its rewrite.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -29,11 +31,16 @@ _TWO_LAUNCHES = ("hc_pre", "hc_post_pre", "hc_head", "hc_post_head", "indexer_to
 
 def is_view(node: Node) -> bool:
     """Whether it only looks at memory that is there already."""
-    if node.target is operator.getitem:
+    return node.op == "call_function" and _is_view(node.target)
+
+
+@functools.cache
+def _is_view(target: Any) -> bool:
+    if target is operator.getitem:
         return True
-    schema = getattr(node.target, "_schema", None)
+    schema = getattr(target, "_schema", None)
     if schema is None:
-        return node.op == "call_function"  # arithmetic of sizes
+        return True  # arithmetic of sizes
     returns = schema.returns
     return not returns or any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
@@ -50,13 +57,15 @@ def _numel(value: torch.Tensor) -> int:
     return math.prod(sizes)
 
 
-def _name(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.rpartition("::")[2] if schema is not None else str(node.target)
+@functools.cache
+def _name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    return schema.name.rpartition("::")[2] if schema is not None else str(target)
 
 
-def _inlined(node: Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or _name(node) in _INLINED
+@functools.cache
+def _inlined(target: Any) -> bool:
+    return torch.Tag.pointwise in getattr(target, "tags", ()) or _name(target) in _INLINED
 
 
 def estimate(nodes: Iterable[Node], kept: Collection[Node] = ()) -> tuple[int, int]:
@@ -74,9 +83,9 @@ def estimate(nodes: Iterable[Node], kept: Collection[Node] = ()) -> tuple[int, i
         if is_view(node):
             if node in kept or node in wanted:
                 wanted.update(node.all_input_nodes[:1])
-        elif not _inlined(node) or node in kept or node in wanted:
+        elif not _inlined(node.target) or node in kept or node in wanted:
             stored.add(node)
-            if not _inlined(node) and _name(node) not in _REDUCTIONS:
+            if not _inlined(node.target) and _name(node.target) not in _REDUCTIONS:
                 wanted.update(node.all_input_nodes)  # code that is not generated reads memory
 
     sources: dict[Node, dict[Node, int]] = {}  # of every value: the memory it is computed from, and bytes of it
@@ -108,10 +117,10 @@ def estimate(nodes: Iterable[Node], kept: Collection[Node] = ()) -> tuple[int, i
 
 def _loop(node: Node) -> tuple:
     """(elements, reduced dimensions or None) that a generated kernel iterates over; () for other kernels."""
-    if _name(node) in _REDUCTIONS:
+    if _name(node.target) in _REDUCTIONS:
         return _numel(node.all_input_nodes[0].meta["val"]), str(node.args[1:2])
     value = node.meta.get("val")
-    return (_numel(value), None) if _inlined(node) and isinstance(value, torch.Tensor) else ()
+    return (_numel(value), None) if _inlined(node.target) and isinstance(value, torch.Tensor) else ()
 
 
 def _fits(loop: tuple, other: tuple) -> bool:
@@ -119,4 +128,4 @@ def _fits(loop: tuple, other: tuple) -> bool:
 
 
 def _launches(node: Node) -> int:
-    return 2 if str(node.target).startswith("dsv4.") and _name(node) in _TWO_LAUNCHES else 1
+    return 2 if str(node.target).startswith("dsv4.") and _name(node.target) in _TWO_LAUNCHES else 1

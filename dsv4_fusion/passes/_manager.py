@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from ..ops._library import prepare
 from ..options import FusionOptions
 from ..report import NearMiss, Report, Site
-from . import compressor, fp8_linear, hyper_connection, indexer, indexer_scores
+from . import compressor, fp8_linear, hyper_connection, indexer, indexer_scores, indexer_scores_deepseek
 from ._dump import Dump
 from ._pattern import NEAR, Computation, Failure, Fusion, Match, Pattern, cut, find
 from ._picture import Picture
@@ -36,8 +36,9 @@ logger = logging.getLogger("dsv4_fusion")
 COMPUTATIONS: tuple[Computation, ...] = (
     *hyper_connection.COMPUTATIONS,
     *indexer_scores.COMPUTATIONS,
-    *indexer.COMPUTATIONS,
     *compressor.COMPUTATIONS,
+    *indexer_scores_deepseek.COMPUTATIONS,
+    *indexer.COMPUTATIONS,
 )
 _APART = 8  # how many nodes back a joined fusion's other part is looked for
 
@@ -103,6 +104,7 @@ class FusionPass(CustomGraphPass):
         picture = Picture(graph, _module_path, _source_line) if self.draw else None
         patterns: list[Pattern] = []
         claimed: set[Node] = set()
+        traced: dict[Any, Graph | str] = {}  # operators' calls
         failures: list[Failure] = []
         joints = _Joints()
         order = {node: index for index, node in enumerate(graph.nodes)}
@@ -112,7 +114,7 @@ class FusionPass(CustomGraphPass):
             for anchor in graph.find_nodes(op="call_function", target=computation.anchor):
                 if anchor in claimed or "val" not in anchor.meta:
                     continue
-                result = self.first_match(computation, anchor, claimed)
+                result = self.first_match(computation, anchor, claimed, traced)
                 if isinstance(result, Failure):
                     failures.append(result)
                     patterns += [result.pattern] if result.share >= NEAR else []
@@ -120,6 +122,8 @@ class FusionPass(CustomGraphPass):
                     continue
                 match, replacement = result
                 patterns.append(match.pattern)
+                for failure in failures:  # a larger fusion that nearly matched, of which this is a part
+                    failure.part |= failure.anchor is anchor and failure.nodes > match.nodes
                 path, name = _module_path(anchor), match.fusion.name
                 if match.fusion.left_alone is not None:
                     entry = NearMiss(path, name, match.fusion.left_alone, _source_line(anchor))
@@ -153,10 +157,12 @@ class FusionPass(CustomGraphPass):
     def rewrites(self, anchor: Node) -> bool:
         if self.rewrite is not None:
             return self.rewrite
-        return anchor.meta["val"].device.type == "cuda" or self.options.reference
+        value = anchor.meta["val"]
+        value = value[0] if isinstance(value, list | tuple) else value  # of top-k
+        return value.device.type == "cuda" or self.options.reference
 
     def first_match(
-        self, computation: Computation, anchor: Node, claimed: set[Node]
+        self, computation: Computation, anchor: Node, claimed: set[Node], traced: dict[Any, Graph | str]
     ) -> tuple[Match, Any] | Failure | None:
         """The largest fusion that matches and whose operator takes it, or None where there is no site.
 
@@ -173,7 +179,7 @@ class FusionPass(CustomGraphPass):
                         return result, None
                     if fusion.simplify is not None:
                         result.inputs = fusion.simplify(result.inputs)
-                    replacement = reason or _replacement(result, self.options)
+                    replacement = reason or _replacement(result, self.options, traced)
                     if not isinstance(replacement, str):
                         return result, replacement
                     result = Failure(fusion, result.nodes, 1.0, replacement, anchor, result.pattern)
@@ -183,8 +189,12 @@ class FusionPass(CustomGraphPass):
         return max(failures, key=lambda failure: failure.share, default=None)
 
 
-def _replacement(match: Match, options: FusionOptions) -> Any:
-    """The operator's call traced on the match's own inputs, or the reason why it cannot stand for the match."""
+def _replacement(match: Match, options: FusionOptions, traced: dict[Any, Graph | str]) -> Any:
+    """The operator's call traced on the match's own inputs, or the reason why it cannot stand for the match.
+
+    A model's layers are alike: ``traced`` keeps one trace for all matches of a graph whose inputs have the same
+    metadata, and only the fakes run again.
+    """
     values = [node.meta["val"] for node in match.inputs]
     fake_mode = next(value.fake_mode for value in values if hasattr(value, "fake_mode"))
 
@@ -194,11 +204,20 @@ def _replacement(match: Match, options: FusionOptions) -> Any:
         outputs = match.fusion.replacement(*tensors, **match.scalars, **match.constants, **keywords)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    try:
-        with torch.no_grad(), enable_python_dispatcher(), fake_mode:
-            graph = make_fx(call, select_decomp_table())(*values).graph
-    except ValueError as error:  # the operator's own check
-        return str(error)
+    key = _call_key(match, values)
+    graph = traced.get(key) if key is not None else None
+    with torch.no_grad(), enable_python_dispatcher(), fake_mode:
+        if graph is None:
+            try:
+                graph = make_fx(call, select_decomp_table())(*values).graph
+            except ValueError as error:  # the operator's own check
+                graph = str(error)
+            if key is not None:
+                traced[key] = graph
+        elif isinstance(graph, Graph):
+            graph = _called_again(graph, values)
+    if isinstance(graph, str):
+        return graph
     for name, old, new in zip(match.fusion.outputs, match.outputs, graph.output_node().args[0], strict=True):
         got, expected = new.meta["val"], old.meta["val"]
         if got.dtype != expected.dtype:
@@ -208,15 +227,44 @@ def _replacement(match: Match, options: FusionOptions) -> Any:
                 f"{name} has shape {list(expected.shape)} and stride {list(expected.stride())} in the graph, "
                 f"the operator returns {list(got.shape)} and {list(got.stride())}"
             )
-    order = {node: index for index, node in enumerate(match.anchor.graph.nodes)}
     outside = [user for output in match.outputs for user in output.users if user not in match.nodes]
     if not outside:
         return "none of its results is used"
-    first = min(outside, key=order.__getitem__)
-    late = next((node for node in match.inputs if order[node] > order[first]), None)
+    first = min(outside)  # nodes compare by their place in the graph
+    late = next((node for node in match.inputs if first < node), None)
     if late is not None:
         return f"{late.name} is computed after {first.name} has used an output: one operator cannot do both"
     return graph, first
+
+
+def _call_key(match: Match, values: list[Any]) -> Any:
+    """What the trace of the operator's call depends on; None where a size is symbolic."""
+    inputs = []
+    for value in values:
+        if not isinstance(value, torch.Tensor):
+            return None
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        if any(type(size) is not int for size in sizes):
+            return None
+        first = next(index for index, other in enumerate(values) if other is value)  # one tensor may stand twice
+        inputs.append((type(value), sizes, value.dtype, value.device, value.requires_grad, first))
+    return match.fusion, str(sorted(match.scalars.items())), str(sorted(match.constants.items())), tuple(inputs)
+
+
+def _called_again(call: Graph, values: list[torch.Tensor]) -> Graph:
+    """A copy of the traced ``call`` on other tensors of the same metadata.
+
+    Its values are fakes of its own: Inductor reads off their storages which of a graph's values alias.
+    """
+    again, tensors, copies = Graph(), iter(values), dict[Node, Node]()
+    for node in call.nodes:
+        copy = copies[node] = again.node_copy(node, copies.__getitem__)
+        if node.op == "placeholder":
+            copy.meta["val"] = next(tensors)
+        elif node.op == "call_function":
+            arguments, keywords = map_arg((copy.args, copy.kwargs), lambda argument: argument.meta["val"])
+            copy.meta["val"] = node.target(*arguments, **keywords)
+    return again
 
 
 def _same_layout(got: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -234,7 +282,6 @@ def _same_layout(got: torch.Tensor, expected: torch.Tensor) -> bool:
 def _replace(graph: Graph, match: Match, replacement: tuple[Graph, Node]) -> list[Node]:
     """Put the operator's call into the graph in place of the match; return the new outputs."""
     call, before = replacement
-    order = {node: index for index, node in enumerate(graph.nodes)}
     origin = {key: match.anchor.meta[key] for key in ("nn_module_stack", "stack_trace") if key in match.anchor.meta}
     copies = dict(zip(call.find_nodes(op="placeholder"), match.inputs, strict=True))
     with graph.inserting_before(before):
@@ -247,17 +294,20 @@ def _replace(graph: Graph, match: Match, replacement: tuple[Graph, Node]) -> lis
     outputs = [copies[node] for node in call.output_node().args[0]]
     for old, new in zip(match.outputs, outputs, strict=True):
         old.replace_all_uses_with(new)
-    for node in sorted(match.nodes, key=order.__getitem__, reverse=True):
+    for node in sorted(match.nodes, reverse=True):
         graph.erase_node(node)
     return outputs
 
 
 def _near_misses(failures: list[Failure], claimed: set[Node]) -> list[tuple[NearMiss, Failure]]:
-    """The failures that hold most of a pattern, without those inside a nearer one."""
+    """The failures that hold most of a pattern, without those inside a nearer one.
+
+    What would be left alone anyway comes last: what it misses tells less than what a fusion misses.
+    """
     misses = []
     covered = set(claimed)
-    for failure in sorted(failures, key=lambda failure: -len(failure.nodes)):
-        if failure.share >= NEAR and failure.anchor not in covered:
+    for failure in sorted(failures, key=lambda each: (each.fusion.left_alone is not None, -len(each.nodes))):
+        if failure.share >= NEAR and (failure.part or failure.anchor not in covered):
             covered |= failure.nodes
             source = failure.node is not None and _source_line(failure.node)
             path, source = _module_path(failure.anchor), source or _source_line(failure.anchor)

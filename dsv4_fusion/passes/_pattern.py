@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._tidy import tidy
 
-SIZES = {"B": 1009, "S": 1013, "D": 1021, "E": 1019, "K": 997}
+SIZES = {"B": 1009, "S": 1013, "D": 1021, "E": 5003, "K": 997}  # E: no fewer keys than a top-k takes
 NEAR = 0.6  # a site that holds this share of a pattern's nodes is worth a word when it does not match
 
 
@@ -135,6 +135,7 @@ class Failure:
     anchor: Node
     pattern: Pattern
     node: Node | None = None  # the graph's node that differs, or has an extra user
+    part: bool = False  # whether a part of it was fused
 
 
 @functools.cache
@@ -214,6 +215,7 @@ class _Matcher:
         self.claimed = claimed
         self.order = {node: index for index, node in enumerate(pattern.nodes)}
         self.found: dict[Node, Node] = {}  # of the pattern: of the graph
+        self.presumed: set[Node] = set()  # those of the pattern in whose place another operator was found
         self.scalars: dict[str, float] = {}
         self.sizes: list[tuple[Node, str, int, Any]] = []  # compared once the sizes are known from the inputs
         self.failures: list[tuple[int, str, Any]] = []  # order in the pattern, reason, the graph's node
@@ -223,8 +225,9 @@ class _Matcher:
         self.bind(self.pattern.anchor, self.anchor)
         while self.grow() or self.join():
             pass
-        covered = {self.found[node] for node in self.pattern.nodes if node in self.found}
-        share = sum(node in self.found for node in self.pattern.nodes) / len(self.pattern.nodes)
+        same = [node for node in self.pattern.nodes if node in self.found and node not in self.presumed]
+        covered = {self.found[node] for node in same}
+        share = len(same) / len(self.pattern.nodes)
         if not self.failures and share == 1:
             self.check_inputs()
             self.check_users(covered)
@@ -265,6 +268,7 @@ class _Matcher:
                 continue
             if node.op != "call_function" or node.target is not expected.target:
                 self.fail(expected, f"expected {_operator(expected)}, found {_text(node)}", node)
+                stack.extend(self.presume(expected, node))
                 continue
             if node in self.claimed:
                 self.fail(expected, f"{_text(node)} belongs to another fusion already", node)
@@ -330,7 +334,56 @@ class _Matcher:
                 got = ", ".join(_text(user) for user in self.found[known].users)
                 at = self.found[known]
                 self.fail(expected, f"expected {_operator(expected)} of {_text(at)}, found {got or 'no user'}", at)
+                for user in at.users:
+                    for want, node in self.presume(expected, user):
+                        self.bind(want, node)
+                if expected not in self.found:
+                    self.skip(expected, known)
         return len(self.found) > before
+
+    def presume(self, expected: Node, node: Node) -> list[tuple[Node, Node]]:
+        """What is compared further where only the operator differs: the same arguments; else nothing.
+
+        A pattern that is a chain would otherwise end at the first difference, and the site would hold too little of it.
+        """
+        pairs = list(zip(expected.all_input_nodes, node.all_input_nodes, strict=False))
+        if node.op != "call_function" or expected in self.found or node in self.claimed or node in self.found.values():
+            return []
+        if len(expected.all_input_nodes) != len(node.all_input_nodes) or not self.same_arguments(pairs):
+            return []
+        if not self.same_users(expected, node):
+            return []
+        self.found[expected] = node
+        self.presumed.add(expected)
+        return pairs
+
+    def skip(self, expected: Node, known: Node) -> None:
+        """Go on beyond a node that is missing, or before which another one stands."""
+        at = self.found[known]
+        inner = expected not in self.pattern.outputs
+        if inner and known in expected.args and self.same_users(expected, at):
+            self.found[expected] = at
+            self.presumed.add(expected)
+            return
+        beyond = [node for user in at.users for node in user.users if node.target is expected.target]
+        free = [node for node in beyond if node not in self.claimed and node not in self.found.values()]
+        if len(set(free)) == 1 and self.same_users(expected, free[0]):
+            self.found[expected] = free[0]
+            self.presumed.add(expected)
+
+    def same_users(self, expected: Node, node: Node) -> bool:
+        """Whether the operators that use ``expected`` in the pattern use ``node`` in the graph."""
+        wanted = {user.target for user in expected.users if user in self.order}
+        return wanted <= {user.target for user in node.users}
+
+    def same_arguments(self, pairs: Iterable[tuple[Node, Any]]) -> bool:
+        """Whether these pairs are those found already, or inputs, or at least of the same operators."""
+        return all(
+            got is self.found[want]
+            if want in self.found
+            else want in self.pattern.inputs or (isinstance(got, Node) and got.target is want.target)
+            for want, got in pairs
+        )
 
     def join(self) -> bool:
         """Bind an output that only a common user connects with those found, as values and their weights."""
@@ -356,12 +409,7 @@ class _Matcher:
         pairs = self.arguments(expected, node)
         fine = not self.failures and node not in self.claimed and node not in self.found.values()
         self.failures, self.scalars, self.sizes = saved
-        return fine and all(
-            got is self.found[want]
-            if want in self.found
-            else want in self.pattern.inputs or (isinstance(got, Node) and got.target is want.target)
-            for want, got in pairs
-        )
+        return fine and self.same_arguments(pairs)
 
     def check_inputs(self) -> None:
         """Shapes and dtypes of the inputs; binds the sizes, then compares every integer that names them."""

@@ -26,6 +26,7 @@ from ._pattern import SIZES, Computation, Fusion, Trace
 
 aten = torch.ops.aten
 _FAR = 64  # nodes looked at around a site
+_NEAR = 16  # and for what stands next to it
 _SCALARS = {"norm_eps": 0.0537}
 
 
@@ -142,10 +143,10 @@ def _keeping(kv: Tensor, gate: Tensor, position_bias: Tensor, *rest: Tensor, **o
     return entries, kv[:, -ratio:, :d].clone(), gate[:, -ratio:, :d] + position_bias[:, :d]
 
 
-def _around(node: Node, step: Callable[[Node], Any], wanted: Callable[[Node], bool]) -> Node | None:
+def _around(node: Node, step: Callable[[Node], Any], wanted: Callable[[Node], bool], far: int = _FAR) -> Node | None:
     """The nearest node that is wanted, going from ``node`` by ``step``."""
     level, seen = [node], {node}
-    while level and len(seen) < _FAR:
+    while level and len(seen) < far:
         for at in level:
             if wanted(at):
                 return at
@@ -162,17 +163,54 @@ def _users(node: Node) -> list[Node]:
     return list(node.users)
 
 
-def _is_softmax(node: Node) -> tuple[int, int] | None:
-    """Rows and dims, if ``node`` is the largest gate of the windows of [B, W, rows, d]."""
+def _shape(node: Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _windows(node: Node) -> tuple[int, int] | None:
+    """Rows and dims, if ``node`` is the largest gate of the windows of [B, W, rows, d].
+
+    Over another dimension it is one if what it weighs is summed over the rows all the same.
+    """
     gates = node.args[0].meta["val"]
-    if gates.dim() != 4 or list(node.args[1]) != [2] or not all(isinstance(size, int) for size in gates.shape[2:]):
+    if gates.dim() != 4 or not all(isinstance(size, int) for size in gates.shape[2:]):
         return None
-    return gates.shape[2], gates.shape[3]
+    rows, d = gates.shape[2:]
+
+    def pooled(at: Node) -> bool:
+        if at.target is not aten.sum.dim_IntList or list(at.args[1]) != [2]:
+            return False
+        shape = _shape(at.args[0])
+        return len(shape) == 4 and len(_shape(at)) == 3 and shape[2] == rows and shape[3] == d
+
+    return (rows, d) if list(node.args[1]) == [2] or _around(node, _users, pooled) is not None else None
+
+
+def _rotated(node: Node, d: int) -> tuple[bool, int] | None:
+    """How many dims of the entries are turned, and whether as complex numbers.
+
+    Where neither their joining nor their pairs are found, the slice of the last dims tells.
+    """
+
+    def tail(at: Node) -> bool:
+        return at.target is aten.slice.Tensor and isinstance(at.args[2], int) and at.args[2] < 0
+
+    turned = _around(node, _users, lambda at: getattr(at.meta.get("val"), "dtype", None) == torch.complex64)
+    joined = _around(node, _users, lambda at: at.target is aten.cat.default and _shape(at)[-1] == d)
+    last = _around(node, _users, tail)
+    if turned is not None:
+        rope = 2 * turned.meta["val"].shape[-1]
+    elif joined is not None and isinstance(joined.args[0][-1], Node):
+        rope = joined.args[0][-1].meta["val"].shape[-1]
+    else:
+        rope = -last.args[2] if last is not None else 0
+    return (turned is not None, rope) if isinstance(rope, int) and 2 <= rope < d else None
 
 
 def _hugging_face_sites(overlap: bool, node: Node) -> Iterator[Windows]:
-    """``node`` is the largest gate of each window and dim."""
-    if _modeling() is None or (found := _is_softmax(node)) is None:
+    """``node`` is the largest gate of each window and dim. What the site lacks is guessed: the matcher says it."""
+    if _modeling() is None or (found := _windows(node)) is None:
         return
     rows, d = found
     scattered = _around(
@@ -180,23 +218,21 @@ def _hugging_face_sites(overlap: bool, node: Node) -> Iterator[Windows]:
     )
     if overlap != (scattered is not None) or (overlap and rows % 2):
         return
-    joined = _around(node, _users, lambda at: at.target is aten.cat.default and at.meta["val"].dim() == 4)
-    added = _around(node, _sources, lambda at: at.target is aten.add.Tensor)
-    product = _around(node, _users, lambda at: at.target is aten.sum.dim_IntList and at.meta["val"].dim() == 3)
-    if joined is None or added is None or product is None or joined.meta["val"].shape[-1] != d:
+    if (rotated := _rotated(node, d)) is None or rotated[0]:
         return
-    rope, dtype = joined.args[0][-1].meta["val"].shape[-1], product.meta["val"].dtype
-    if not isinstance(rope, int) or not 2 <= rope < d:
-        return
+    far = _FAR if overlap else _NEAR
+    added = _around(node, _sources, lambda at: at.target is aten.add.Tensor and len(_shape(at)) == 4, far)
+    gate = added.args[0] if added is not None else node.args[0].all_input_nodes[0]
+    dtype = gate.meta["val"].dtype
     mode = None
     if overlap:
-        kept = any(user.target is aten.select.int for user in added.users)
+        kept = added is not None and any(user.target is aten.select.int for user in added.users)
         carried = scattered.target is aten.select_scatter.default
         mode = "carried" if carried else "kept" if kept else "none"
     single = statically_known_true(node.meta["val"].shape[1] == 1)
-    bias_dtype = added.meta["val"].dtype
+    bias_dtype = added.meta["val"].dtype if added is not None else dtype
     for weight_dtype in dict.fromkeys((dtype, torch.float32)):
-        yield Windows(d, rows // (1 + overlap), rope, mode, single, dtype, bias_dtype, weight_dtype)
+        yield Windows(d, rows // (1 + overlap), rotated[1], mode, single, dtype, bias_dtype, weight_dtype)
 
 
 # DeepSeek's inference code
@@ -226,16 +262,14 @@ def _deepseek(structure: Windows) -> Trace:
 
 def _deepseek_sites(overlap: bool, node: Node) -> Iterator[Windows]:
     """``node`` is the largest gate of each window and dim, in fp32."""
-    if (found := _is_softmax(node)) is None or (overlap and found[0] % 2):
+    if (found := _windows(node)) is None or (overlap and found[0] % 2):
         return
     rows, d = found
     joined = node.args[0].target is aten.cat.default
-    pairs = _around(node, _users, lambda at: at.target is aten.view_as_complex.default)
-    if joined != overlap or pairs is None:
+    padded = joined or _around(node, _sources, lambda at: at.target is aten.constant_pad_nd.default, _NEAR) is not None
+    if padded != overlap or (rotated := _rotated(node, d)) is None or not rotated[0]:
         return
-    rope = 2 * pairs.meta["val"].shape[-1]
-    if not isinstance(rope, int) or rope >= d:
-        return
+    rope = rotated[1]
     single = statically_known_true(node.meta["val"].shape[1] == 1)
     fp32 = torch.float32
     mode = "none" if overlap else None

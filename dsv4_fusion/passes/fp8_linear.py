@@ -28,6 +28,7 @@ from ._pattern import SIZES, Computation, Fusion, Match, Trace
 aten, prims = torch.ops.aten, torch.ops.prims
 B, S, K, N = SIZES["B"], SIZES["S"], SIZES["D"], SIZES["E"]
 FP8 = torch.float8_e4m3fn
+_FP8 = (FP8, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 GROUP = 128
 _FLOOR = {"amax_floor": 0.000107}
 _TORCHAO_FLOOR = 448 * 2.0**-126  # torchao has none, and makes NaN of a row of zeros
@@ -75,8 +76,10 @@ def _torchao_sites(bias: bool, all_dims: tuple[int, ...], node: Node) -> Iterato
     args = dict(enumerate(node.args))
     given = args.get(4, node.kwargs.get("bias"))
     out_dtype = args.get(6, node.kwargs.get("out_dtype"))
-    if (given is not None) is not bias or out_dtype is None or node.kwargs:
+    if (given is not None) is not bias:
         return
+    if not isinstance(out_dtype, torch.dtype):  # the matcher says what is expected
+        out_dtype = torch.bfloat16
     bias_dtype = given.meta["val"].dtype if isinstance(given, Node) else None
     single = statically_known_true(node.meta["val"].shape[0] == 1)
     for dtype in (out_dtype, *({torch.bfloat16, torch.float16} - {out_dtype})):
@@ -165,27 +168,39 @@ def _product(node: Node) -> Node | None:
     return None
 
 
+def _factor(node: Node, product: Node) -> Node | None:
+    """What the weight is multiplied by on its way to the product."""
+    level = [node]
+    for _ in range(3):
+        for user in (user for at in level for user in at.users if user is not product):
+            if len(user.all_input_nodes) == 2:
+                return next((source for source in user.all_input_nodes if source not in level), None)
+        level = [user for at in level for user in at.users]
+    return None
+
+
 def _dequantised_sites(bias: bool, rounded: bool, node: Node) -> Iterator[Dequantised]:
-    """``node`` converts a weight from FP8."""
+    """``node`` converts a weight from FP8.
+
+    An activation that was rounded to FP8, and what is multiplied by no matrix product, are no linear layers. What
+    differs beyond that the matcher says: the structure is guessed where it is not known.
+    """
     source = node.args[0]
-    if source.meta["val"].dtype != FP8 or source.meta["val"].dim() != 2 or len(source.users) > 8:
+    if source.meta["val"].dtype not in _FP8 or source.meta["val"].dim() == 0 or len(source.users) > 8:
         return
     if source.target is prims.convert_element_type.default or (product := _product(node)) is None:
         return
     if (product.target is aten.addmm.default) is not bias:
         return
-    dtype, wide = product.meta["val"].dtype, node.args[1] == torch.float32
-    level = [node, *(user for user in node.users if user.target is aten.view.default)]
-    factors = [user for at in level for user in at.users if user.target is aten.mul.Tensor]
-    if not factors or dtype not in (torch.bfloat16, torch.float16):
-        return
-    factor = next((arg for arg in factors[0].args if arg not in level), None)
-    if not isinstance(factor, Node):
-        return
-    shape, n = factor.meta["val"].shape, source.meta["val"].shape[0]
+    dtype = product.meta["val"].dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        dtype = torch.bfloat16
+    wide = node.args[1] != dtype
+    factor, n = _factor(node, product), source.meta["val"].shape[0]
+    shape = factor.meta["val"].shape if factor is not None else ()
     if len(shape) < 2:
         forms: tuple[str, ...] = (("scalar", "tensor")[len(shape)],)
-    elif len(shape) == 2 and shape[1] == 1:
+    elif len(shape) == 3 or (len(shape) == 2 and shape[1] == 1):
         forms = ("channel",) if shape[0] == n else ("tensor2",)
     else:
         forms = ("blocks",) if len(shape) == 4 else ("repeat", "whole")

@@ -106,29 +106,33 @@ def _power_of_four(number: int) -> bool:
     return number & (number - 1) == 0 and number.bit_length() % 2 == 1
 
 
+def _operands(q: Tensor, table: Tensor, weights: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
+    """The operator's arguments for queries [B, S, H, d], angles [S, R / 2] that are complex, and weights [B, S, H]."""
+    table = torch.view_as_real(table).unsqueeze(0).expand(q.shape[0], -1, -1, -1).flatten(0, 1)
+    return q.flatten(0, 1), None, table[..., 0].contiguous(), table[..., 1].contiguous(), weights.flatten(0, 1)
+
+
 def _fused_score(q: Tensor, table: Tensor, weights: Tensor, k: Tensor, *, mxfp4: bool, **options: Any) -> Tensor:
     """What takes the match's place: the operator, then the scores as the model computes them."""
-    batch, length, heads, d = q.shape
+    heads, d = q.shape[2:]
     if not _power_of_four(d) and not _power_of_four(heads):
         raise ValueError(
             f"{heads} heads of {d} dims: the operator multiplies the weights by {d}^-1/2, then by {heads}^-1/2, the "
             "model by their product, and neither is a power of two: the weights could differ in the last bit"
         )
-    table = torch.view_as_real(table).unsqueeze(0).expand(batch, -1, -1, -1).flatten(0, 1)
-    arguments = q.flatten(0, 1), None, table[..., 0].contiguous(), table[..., 1].contiguous(), weights.flatten(0, 1)
     if mxfp4:
-        packed, scale, folded = ops.indexer_q_mxfp4(*arguments, **options)
+        packed, scale, folded = ops.indexer_q_mxfp4(*_operands(q, table, weights), **options)
         values = dequantise_mxfp4(packed, scale)
     else:
-        codes, folded = ops.indexer_q_fp8(*arguments, **options)
+        codes, folded = ops.indexer_q_fp8(*_operands(q, table, weights), **options)
         values = codes.to(torch.bfloat16)
-    shape = (batch, length)
+    shape = q.shape[:2]
     return index_score(values.unflatten(0, shape), k, folded.to(torch.bfloat16).unflatten(0, shape))
 
 
 def _score_sites(mxfp4: bool, node: Node) -> Iterator[Queries]:
-    """``node`` is the relu of bf16 scores [B, S, H, E]."""
-    value, product = node.meta["val"], _nearest(node, _is(aten.bmm.default), 12)
+    """``node`` is the relu of bf16 scores [B, S, H, E], or something near it."""
+    value, product = node.meta["val"], _product(node)
     if value.dim() != 4 or value.dtype != torch.bfloat16 or not isinstance(value.shape[2], int) or product is None:
         return
     d = product.args[0].meta["val"].shape[-1]
@@ -138,6 +142,20 @@ def _score_sites(mxfp4: bool, node: Node) -> Iterator[Queries]:
         rope = 2 * pairs if isinstance(pairs, int) else d // 2
         for hadamard in (True, False):
             yield Queries(value.shape[2], d, rope, hadamard, mxfp4, single=_single(value))
+
+
+def _product(relu: Node) -> Node | None:
+    """What the scores are computed by: a batched product, or what stands in its place."""
+
+    def alike(node: Node) -> bool:
+        return len(node.all_input_nodes) == 2 and _dim(node) == 3
+
+    return _nearest(relu, _is(aten.bmm.default), 24) or _nearest(relu, alike, 12)
+
+
+def _dim(node: Node) -> int | None:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else None
 
 
 def _single(scores: Tensor) -> tuple[bool, bool, bool]:
@@ -178,11 +196,16 @@ def _one_sided(match: Match) -> str | None:
 
     transformed = is_rounded(True) is not None
     plain = None if transformed else is_rounded(False)
-    if match.constants["hadamard"] and plain is not None and plain.inputs[0].target is aten.slice_scatter.default:
+    if match.constants["hadamard"] and plain is not None and _is_rotated(plain.inputs[0]):
         return "the queries go through a Hadamard transform and the keys do not: their products mean nothing"
     if not match.constants["hadamard"] and transformed:
         return "the keys go through a Hadamard transform and the queries do not: their products mean nothing"
     return None
+
+
+def _is_rotated(node: Node) -> bool:
+    """Whether ``node`` is a key right after RoPE, which ends in a write into its slice, or in the compressor."""
+    return node.target is aten.slice_scatter.default or str(node.target).startswith("dsv4.compress_")
 
 
 def contradiction(graph: Graph) -> str | None:
@@ -236,9 +259,11 @@ def _amax_sites(mxfp4: bool, node: Node) -> Iterator[Queries]:
         return
     heads, d = shape[1], shape[2] * shape[3] if mxfp4 else shape[2]
     joined = _nearest(node, lambda at: at.target is aten.cat.default and at.meta["val"].dim() == 3, _FAR)
+    if joined is None and node.args[0].target is aten.abs.default:  # something else stands in its place
+        joined = _nearest(node, lambda at: _dim(at) == 3 and bool(at.args) and isinstance(at.args[0], list), _FAR)
     if d not in _DIMS or joined is None or not isinstance(joined.args[0][-1], Node):
         return
-    hadamard = _nearest(node, _is(aten.cat.default), _FAR) is not joined
+    hadamard = _nearest(node, lambda at: at is joined or at.target is aten.cat.default, _FAR) is not joined
     rope = joined.args[0][-1].meta["val"].shape[-1]
     if not isinstance(rope, int):
         return

@@ -20,10 +20,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .. import ops
 from ..ops._indexer import hadamard_ref, quantise_fp8_ref, quantise_mxfp4_ref
 from ._pattern import SIZES, Computation, Fusion, Trace
-from .indexer import _is, _modeling, _nearest, _rotated_queries, _single
+from .indexer import _modeling, _nearest, _product, _rotated_queries, _single
 
 aten = torch.ops.aten
 _FAR = 12  # nodes from the relu to the top-k, and from there to the limit
+_RATIO = 4  # the model's, where the graph does not say
 _DIVISIONS = (aten.div.Tensor_mode, aten.floor_divide.default)
 _SCALARS = {"softmax_scale": 0.0531, "weights_scaling": 0.0747}
 
@@ -114,22 +115,29 @@ def _nearest_user(node: Node, target: Any) -> Node | None:
 
 
 def _sites(node: Node) -> Iterator[Choice]:
-    """``node`` is the relu of fp32 scores [B, S, H, E]."""
-    value, product = node.meta["val"], _nearest(node, _is(aten.bmm.default), 12)
+    """``node`` is the relu of fp32 scores [B, S, H, E].
+
+    Where the top-k or the division is missing, something stands in its place: the matcher says what.
+    """
+    value, product = node.meta["val"], _product(node)
     if _modeling() is None or product is None or value.dim() != 4 or not isinstance(value.shape[2], int):
         return
     found, best = _rotated_queries(product), _nearest_user(node, aten.topk.default)
-    if found is None or best is None:
+    masked = best or _nearest_user(node, aten.where.self)
+    if found is None or masked is None:
         return
     joined, d, rope = found
-    divided = _nearest(best, lambda at: at.target in _DIVISIONS, 64)
-    if divided is None or joined.meta["val"].dtype != torch.bfloat16:
+    if d not in (64, 128) or joined.meta["val"].dtype != torch.bfloat16:  # recognised in indexer.py, and left alone
         return
-    ratio = divided.args[1]
-    top_k, fewer = _chosen(best.args[1])
-    if isinstance(ratio, int) and ratio > 0 and d in (64, 128):
+    divided = _nearest(masked, lambda at: at.target in _DIVISIONS, 64)
+    compared = divided or _nearest(masked, lambda at: at.target is aten.ge.Tensor, 64)
+    if compared is None:
+        return
+    ratio = divided.args[1] if divided is not None else _RATIO
+    top_k, fewer = _chosen(best.args[1]) if best is not None else (None, False)
+    if isinstance(ratio, int) and ratio > 0:
         single = _single(value)
-        shared = not single[0] and statically_known_true(divided.meta["val"].shape[0] == 1)
+        shared = not single[0] and statically_known_true(compared.meta["val"].shape[0] == 1)
         yield Choice(value.shape[2], d, rope, ratio, top_k, fewer, single, shared)
 
 

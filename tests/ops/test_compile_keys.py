@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from dsv4_fusion import ops
-from tests.ops.test_compile_sm90 import Recorder
+from tests.ops.test_compile_sm90 import record
 
 triton = pytest.importorskip("triton")
 
 COUNTS = sorted({*range(1, 150), *range(150, 8192, 397), 511, 512, 513, 2047, 2048, 2049, 8192})
 BF16, FP8, FP32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
+MODULE = "dsv4_fusion.ops.triton."
 PATCH = {
     "has_e4m3": lambda device: True,
     "_is_hopper": lambda device: True,
@@ -27,14 +29,12 @@ def compile_keys(module_name: str, function: str, calls: Iterable[tuple[list, di
     """What Triton would compile for these calls, for each kernel: its constants, dtypes, divisibility and options."""
     if triton.knobs.runtime.interpret:
         pytest.skip("kernels are interpreted here")
-    module, launches = importlib.import_module(module_name), list[Any]()
+    module = importlib.import_module(module_name)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**vars(module)}.items():
-            if isinstance(value, triton.JITFunction) and not name.startswith("__"):
-                patch.setattr(module, name, Recorder(value, launches))
-        for name, value in PATCH.items():
-            if hasattr(module, name):
-                patch.setattr(module, name, value)
+        launches = record(patch)
+        for each in [each for key, each in sys.modules.items() if key.startswith(MODULE)]:
+            for name in PATCH.keys() & vars(each).keys():
+                patch.setattr(each, name, PATCH[name])
         for args, kwargs in calls:
             getattr(module, function)(*args, **kwargs)
     compiled: dict[str, set[tuple]] = {}
@@ -179,7 +179,6 @@ def linear(*scales: int) -> Callable[[int, int], dict]:
     return make
 
 
-MODULE = "dsv4_fusion.ops.triton."
 CASES: dict[str, tuple[str, str, Callable[[int, int], dict], int]] = {
     # name: module, function, arguments for (tokens, batch), how many variants of a kernel there may be
     **{

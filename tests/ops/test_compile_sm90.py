@@ -10,6 +10,7 @@ import importlib
 import itertools
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,18 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
+def record(patch: pytest.MonkeyPatch) -> list[tuple[Any, tuple, dict]]:
+    """What the Triton modules launch from now on: kernel, arguments, options."""
+    from triton import JITFunction
+
+    launches: list[tuple[Any, tuple, dict]] = []
+    for module in [each for name, each in sys.modules.items() if name.startswith("dsv4_fusion.ops.triton.")]:
+        for name, value in {**vars(module)}.items():
+            if isinstance(value, JITFunction):
+                patch.setattr(module, name, Recorder(value, launches))
+    return launches
+
+
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -132,10 +145,8 @@ def compile_triton(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     if triton.knobs.runtime.interpret:
         pytest.skip("kernels are interpreted here")
-    module, launches = importlib.import_module(case.module), []
-    for name, value in {**vars(module)}.items():
-        if isinstance(value, triton.JITFunction) and not name.startswith("__"):
-            monkeypatch.setattr(module, name, Recorder(value, launches))
+    module = importlib.import_module(case.module)
+    launches = record(monkeypatch)
     for name, value in case.patch.items():
         monkeypatch.setattr(module, name, value)
     getattr(module, case.function)(**case.arguments)

@@ -34,25 +34,31 @@ PROGRAMS = [  # every operator; both variants where the two launches are largest
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("key", PROGRAMS, ids=lambda key: "-".join(map(str, key)))
-def test_compiles_for_hopper_without_spills(key, tmp_path):
+def test_compiles_for_hopper_without_spills(tmp_path):
+    """In one file: nvcc takes longer to read the headers than to compile a program."""
     target = tilelang.tvm.target.Target({"kind": "cuda", "arch": "sm_90a"})
     passes = {getattr(name, "value", name): value for name, value in kernels.PASS_CONFIGS.items()}
-    with target, tilelang.tvm.transform.PassContext(opt_level=3, config=passes):
-        source = tilelang.lower(kernels._program(*key), target=target).kernel_source
-    _, _, hc, _, mixes, _, _ = key
-    assert source.count("tl::mma_sync") == (3 if mixes else 0)
-    assert ("cudaGridDependencySynchronize" in source) == bool(mixes)
-    (tmp_path / "kernel.cu").write_text(source)
+    launches, sources = {}, []
+    for index, key in enumerate(PROGRAMS):
+        program = kernels._program(*key).with_attr("global_symbol", f"program_{index}")
+        with target, tilelang.tvm.transform.PassContext(opt_level=3, config=passes):
+            sources.append(tilelang.lower(program, target=target).kernel_source)
+        mixes = key[4]
+        assert sources[-1].count("tl::mma_sync") == (3 if mixes else 0), key
+        assert ("cudaGridDependencySynchronize" in sources[-1]) == bool(mixes), key
+        launches |= {f"program_{index}_kernel{suffix}": key for suffix in (("", "_1") if mixes else ("",))}
+    (tmp_path / "kernels.cu").write_text("\n".join(sources))
     command = [
         *("nvcc", "-cubin", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"),
         *(f"-I{path}" for path in (tilelang.env.TILELANG_TEMPLATE_PATH, tilelang.env.CUTLASS_INCLUDE_DIR)),
-        *("-DTL_ENABLE_L2_PREFETCH=1", "-o", str(tmp_path / "kernel.cubin"), str(tmp_path / "kernel.cu")),
+        *("-DTL_ENABLE_L2_PREFETCH=1", "-o", str(tmp_path / "kernels.cubin"), str(tmp_path / "kernels.cu")),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", result.stderr)]
-    assert len(spills) == (2 if mixes else 1)
-    assert max(spills) <= (64 if hc == 8 else 0), spills  # 8 streams fill the registers; no model has them yet
+    spills = re.findall(r"Function properties for (\w+)\n.* (\d+) bytes spill stores", result.stderr)
+    assert sorted(name for name, _ in spills) == sorted(launches)
+    for name, stored in spills:
+        allowed = 64 if launches[name][2] == 8 else 0  # 8 streams fill the registers; no model has them yet
+        assert int(stored) <= allowed, (launches[name], name, stored)
 
 
 # On a GPU

@@ -12,12 +12,16 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # run as a script
+
 from dsv4_fusion import ops
 from dsv4_fusion.ops import hyper_connection as hc
+from tests.ops.interpreted import patch_once_a_launch
 
 PRE, POST, POST_PRE, HEAD, POST_HEAD = NAMES = ("hc_pre", "hc_post", "hc_post_pre", "hc_head", "hc_post_head")
 REFERENCES = {name: getattr(hc, f"{name}_ref") for name in NAMES}
@@ -221,4 +225,5 @@ def test_the_token_count_compiles_nothing():
 
 
 if __name__ == "__main__":
+    patch_once_a_launch()
     print(json.dumps(run_interpreted()))

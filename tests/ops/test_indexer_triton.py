@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # run as
 from dsv4_fusion import ops
 from tests.ops import test_indexer as queries
 from tests.ops import test_indexer_cache as keys
+from tests.ops.interpreted import patch_once_a_launch
 
 TOKENS = (0, 1, 19)
 
@@ -114,4 +115,5 @@ def test_the_token_count_compiles_nothing():
 
 
 if __name__ == "__main__":
+    patch_once_a_launch()
     print(compare_queries(), compare_keys())

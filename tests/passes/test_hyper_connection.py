@@ -12,10 +12,8 @@ from torch.fx import Graph, Node
 
 pytest.importorskip("transformers.models.deepseek_v4")
 
-from dsv4_fusion.options import FusionOptions
-from dsv4_fusion.passes._manager import FusionPass
-from dsv4_fusion.report import Report
 from examples.model import model
+from tests.passes.breaking import argument, capture, fused, target, used_outside
 
 aten = torch.ops.aten
 BOUNDARY = "model.layers.0.ffn_hc"
@@ -25,39 +23,7 @@ WHOLE = {"hc_pre": 1, "hc_post_pre": 1, "hc_post_head": 1}
 @functools.cache
 def captured() -> Graph:
     """The graph of a one-layer bf16 model as the pass gets it."""
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    graphs = []
-
-    class Capture(CustomGraphPass):
-        def __call__(self, graph):
-            graphs.append(copy.deepcopy(graph))
-
-        def uuid(self):
-            return None
-
-    def inner(gm, inputs, **kwargs):
-        run = functools.partial(lambda inputs: gm(*inputs))
-        run._boxed_call = True
-        return run
-
-    patches = {"joint_custom_pre_pass": Capture(), "force_disable_caches": True}
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(
-            model("tiny", 1, torch.bfloat16),
-            backend=lambda gm, i: compile_fx(gm, i, inner_compile=inner, config_patches=patches),
-        )(torch.randint(0, 128, (2, 32)), use_cache=False)
-    torch._dynamo.reset()
-    (graph,) = graphs
-    return graph
-
-
-def fused(graph: Graph, rewrite: bool = False) -> Report:
-    reports: list[Report] = []
-    FusionPass(FusionOptions(), reports.append, rewrite=rewrite)(graph)
-    return reports[0]
+    return capture(model("tiny", 1, torch.bfloat16), torch.randint(0, 128, (2, 32)), use_cache=False)
 
 
 def at(graph: Graph, target, index: int = 0, path: str = BOUNDARY) -> Node:
@@ -68,29 +34,6 @@ def at(graph: Graph, target, index: int = 0, path: str = BOUNDARY) -> Node:
         if node.meta.get("nn_module_stack") and list(node.meta["nn_module_stack"].values())[-1][0].endswith(path)
     ]
     return nodes[index]
-
-
-def argument(position: int, value):
-    def change(node: Node) -> None:
-        node.update_arg(position, value)
-
-    return change
-
-
-def target(value):
-    def change(node: Node) -> None:
-        node.target = value
-
-    return change
-
-
-def used_outside(node: Node) -> None:
-    graph = node.graph
-    with graph.inserting_after(node):
-        extra = graph.call_function(aten.neg.default, (node,))
-    extra.meta["val"] = node.meta["val"]
-    output = graph.output_node()
-    output.args = ((*output.args[0], extra),)
 
 
 def scaled(node: Node) -> None:
@@ -196,6 +139,23 @@ def test_the_unbroken_graph_fuses_everywhere():
     ops = [str(node.target) for node in graph.nodes if str(node.target).startswith("dsv4.")]
     assert ops == ["dsv4.hc_pre.default", "dsv4.hc_post_pre.default", "dsv4.hc_post_head.default"]
     assert not graph.find_nodes(op="call_function", target=aten.amax.default)[1:]  # attention's softmax alone is left
+
+
+def test_alike_sites_keep_constants_and_fakes_of_their_own():
+    """One trace of the operator's call serves all sites of the same metadata, not those of another epsilon."""
+    graph = capture(model("tiny", 2, torch.bfloat16), torch.randint(0, 128, (2, 32)), use_cache=False)
+    at(graph, aten.add.Tensor, 0, "model.layers.1.ffn_hc.input_norm").update_arg(1, 1e-5)
+    report = fused(graph, rewrite=True)
+    assert report.counts["hc_post_pre"] == 3, report
+    graph.lint()
+    sites = graph.find_nodes(op="call_function", target=torch.ops.dsv4.hc_post_pre.default)
+    assert [site.kwargs.get("rms_eps", 1e-6) for site in sites] == [1e-6, 1e-6, 1e-5]
+    values = [value for site in sites for value in site.meta["val"]]
+    assert len({value.untyped_storage()._cdata for value in values}) == len(values) == 12
+    for site in sites:
+        for output in site.users:
+            index = output.args[1]
+            assert output.meta["val"].untyped_storage()._cdata == site.meta["val"][index].untyped_storage()._cdata
 
 
 def streams_of_the_first_pre(graph: Graph) -> int:

@@ -102,7 +102,7 @@ def rounded_first(output, x, post, comb):
 POSTS = {  # None: less than what counts as near is left of the pattern
     "summed over the second index": (over_the_second_index, None),
     "sum used elsewhere": (mixed_elsewhere, "is used outside the pattern too"),
-    "streams subtracted": (subtracted, None),
+    "streams subtracted": (subtracted, "found aten.sub.Tensor"),
     "sum rounded before it is added": (rounded_first, None),
 }
 

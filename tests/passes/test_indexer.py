@@ -120,13 +120,6 @@ def test_sizes_of_one(batch, length):
     assert torch.equal(ours, Score(module)(*inputs))
 
 
-def test_the_whole_indexer():
-    module, inputs = indexer(quantise=True)
-    report, ours = run(module, *inputs)
-    assert report.counts == {"indexer_q_mxfp4": 1}, report
-    assert torch.equal(ours, module(*inputs))
-
-
 class Model(nn.Module):
     """The RoPE table as a model has it: a buffer, whose widths are static under ``dynamic=True``."""
 

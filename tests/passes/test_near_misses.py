@@ -3,66 +3,31 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import re
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 pytest.importorskip("transformers.models.deepseek_v4")
 
-from dsv4_fusion.report import NearMiss
 from tests.passes import test_indexer as indexer
-from tests.passes.test_hyper_connection import (
-    BOUNDARY,
-    LAYER,
+from tests.passes.breaking import (
     argument,
-    at,
-    captured,
+    check_source,
     fused,
-    scaled,
+    of_dtype,
+    of_shape,
+    sentence,
     target,
     used_outside,
 )
+from tests.passes.test_hyper_connection import BOUNDARY, LAYER, at, captured, scaled
 
 aten, convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
-HEAD = "model.hc_head"
+HEAD, MODEL = "model.hc_head", "deepseek_v4/modeling_deepseek_v4.py"
 HC_POST_HEAD = {"hc_pre": 1, "hc_post_pre": 1, "hc_post": 1}
 HC_PRE = {"hc_pre": 1, "hc_post": 1, "hc_post_head": 1}
 HC_POST = {"hc_pre": 2, "hc_post_head": 1}
-
-
-def of_shape(position: int, *shape: int) -> Callable[[Node], None]:
-    def change(node: Node) -> None:
-        source = node.args[position]
-        source.meta["val"] = source.meta["val"].new_empty(shape)
-
-    return change
-
-
-def of_dtype(position: int, dtype: torch.dtype) -> Callable[[Node], None]:
-    def change(node: Node) -> None:
-        source = node.args[position]
-        source.meta["val"] = source.meta["val"].to(dtype)
-
-    return change
-
-
-def sentence(miss: NearMiss) -> str:
-    """Without the names of nodes, which depend on torch's version."""
-    return re.sub(r"\((?!s\))[a-z_]+_?\d*\)", "(#)", miss.reason)
-
-
-def check_source(miss: NearMiss, code: str) -> None:
-    """It is the line that is named, in the model's own file."""
-    name, line, text = re.fullmatch(r"(\S+\.py):(\d+): (.*)", miss.source).groups()
-    module = importlib.import_module("transformers.models.deepseek_v4.modeling_deepseek_v4")
-    assert name == "deepseek_v4/modeling_deepseek_v4.py"
-    assert Path(module.__file__).read_text().splitlines()[int(line) - 1].strip() == text
-    assert code in text
 
 
 BROKEN = {
@@ -144,7 +109,7 @@ def test_one_difference_is_named(fusion, kind):
     (miss,) = report.near_misses
     assert (miss.path, miss.fusion) == (path, fusion)
     assert sentence(miss) == expected
-    check_source(miss, code)
+    check_source(miss, MODEL, code)
     assert f"  {path}: {fusion}: {miss.reason}\n    {miss.source}" in str(report)
 
 
@@ -154,7 +119,7 @@ def test_what_stands_between_two_parts_is_named():
     (miss,) = fused(graph).near_misses
     assert (miss.path, miss.fusion) == (BOUNDARY, "hc_post_pre")
     assert sentence(miss) == "hc_post and hc_pre were fused apart: between them stands aten.mul.Tensor (#)"
-    check_source(miss, "post.to(dtype)")
+    check_source(miss, MODEL, "post.to(dtype)")
 
 
 QUERIES = {
