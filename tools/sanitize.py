@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from dsv4_fusion import ops
+from tests.ops import test_compressor as entries
+from tests.ops import test_compressor_cache as pages
 from tests.ops import test_fp8_linear as linear
 from tests.ops import test_hyper_connection as hyper_connection
 from tests.ops import test_indexer as queries
@@ -82,8 +84,30 @@ def indexer_scores() -> None:
             print("indexer_scores_paged", format, some, flush=True)
 
 
+def compressor() -> None:
+    for name in entries.OPS:
+        for case in entries.CASES:
+            entries.check(name, case, "triton", on_gpu)
+            torch.cuda.synchronize()
+            print(name, case, flush=True)
+    for name in pages.INSERTS:
+        long = [(pages.in_long_pieces, pages.LONG), (pages.all_but_one, pages.LONG)]
+        for split, changes in [(pages.in_pieces, case) for case in pages.KERNEL_CASES] + long:
+            pages.check(name, split, "triton", on_gpu, **changes)
+            torch.cuda.synchronize()
+            print(name, split.__name__, changes, flush=True)
+    cache = torch.randint(0, 256, (9, ops.kv_cache_bytes(4, 128)), dtype=torch.uint8, device="cuda")
+    table = torch.arange(-2, 13, device="cuda").view(3, 5)  # some outside the cache
+    lengths = torch.tensor([0, 7, 20], device="cuda")
+    ops.kv_load(cache, table, lengths, head_dim=128, page_size=4, implementation="triton")
+    torch.cuda.synchronize()
+    print("kv_load", flush=True)
+
+
 if implementation != "cutedsl":
     hyper_connections()
+    if implementation == "triton":
+        compressor()
 if implementation != "tilelang":
     indexer()
     fp8_linear()

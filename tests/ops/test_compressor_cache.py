@@ -363,8 +363,13 @@ def in_long_pieces(request: int, length: int) -> list[int]:
     return sizes
 
 
+def all_but_one(request: int, length: int) -> list[int]:
+    """The last token alone: its window has one row of the call, all others are in the state."""
+    return [length - 1, 1]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("split", [at_once, in_long_pieces])
+@pytest.mark.parametrize("split", [at_once, in_long_pieces, all_but_one])
 @pytest.mark.parametrize("name", INSERTS)
 def test_long_windows_on_the_gpu(name, split):
     pytest.importorskip("triton")

