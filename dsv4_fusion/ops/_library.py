@@ -187,7 +187,8 @@ def _rehearse(load: Callable[[], Callable[..., Any]], args: tuple, kwargs: dict[
             function(*tensors, **options)
             torch.cuda.current_stream().synchronize()
 
-    if key not in _rehearsals and not torch.cuda.is_current_stream_capturing():
+    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if key not in _rehearsals and not captured:
         _rehearsals[key] = compiling().submit(run)
 
 
