@@ -18,7 +18,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 operators: dict[str, tuple[Implementation, ...]] = {}  # by name: its GPU implementations, best first
 _preparers: dict[Any, Callable[..., None]] = {}  # an operator's overload: begins to compile its kernels
 _prepared: list[Callable[[], None]] = []
+_rehearsals: dict[str, Future] = {}  # what has begun of these, by what is called
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Implementation:
             without ``implementation`` and returns what the operator returns; the current device is that of the first
             argument. It may have two attributes that take the same arguments: ``bind`` returns a quicker function for
             calls with the same metadata and options; ``prepare`` begins to compile what a call with any number of
-            tokens would need, and reads no more than metadata (the tensors may be fake).
+            tokens would need, and reads no more than metadata (the tensors may be fake). Without that a call with zeros
+            takes its place, in a thread.
         limits: called with the operator's arguments; returns why this implementation cannot take them, or None. It
             may depend on shapes, dtypes, strides, devices, options, and addresses modulo 16; not on contents.
         capability: the smallest CUDA compute capability it runs on.
@@ -141,9 +143,53 @@ def prepare(operator: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _begin_prepared() -> None:
+    """Begin what was prepared, and wait for what has to run for that."""
     while _prepared:
         with contextlib.suppress(Exception):  # it is raised again by the call itself
             _prepared.pop()()
+    while _rehearsals:
+        wait([_rehearsals.popitem()[1]])
+
+
+def _rehearse(load: Callable[[], Callable[..., Any]], args: tuple, kwargs: dict[str, Any]) -> None:
+    """In a thread, begin to compile what a kernel's function will launch: by its ``prepare``, or by a call with zeros.
+
+    Nothing is begun while a CUDA graph is captured, which the memory for the zeros would break.
+    """
+    device = args[0].device
+
+    def number(value: Any) -> Any:
+        return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value
+
+    def metadata(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return number(value)
+        return tuple(number(n) for n in value.shape), tuple(number(n) for n in value.stride()), value.dtype
+
+    def zeros(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        span = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        return (
+            torch.zeros(max(span, 0) * dtype.itemsize, dtype=torch.uint8, device=device)
+            .view(dtype)
+            .as_strided(size, stride)
+        )
+
+    given, options = [metadata(arg) for arg in args], {name: metadata(value) for name, value in kwargs.items()}
+    key = repr((load, given, options, device))
+
+    def run() -> None:
+        function = load()
+        if hasattr(function, "prepare"):
+            function.prepare(*args, **kwargs)
+            return
+        with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+            tensors = [zeros(*value) if isinstance(value, tuple) else value for value in given]
+            function(*tensors, **options)
+            torch.cuda.current_stream().synchronize()
+
+    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if key not in _rehearsals and not captured:
+        _rehearsals[key] = compiling().submit(run)
 
 
 def _call_key(args: tuple, kwargs: dict) -> tuple | None:
@@ -293,8 +339,8 @@ def define(
     def preparing(*args: Any, implementation: str | None = None, **kwargs: Any) -> None:
         if args[0].device.type == "cuda":  # a graph may be looked at without a GPU
             chosen = choose(implementation, args[0].device, args, kwargs)
-            if chosen is not None and hasattr(function := chosen.load(), "prepare"):
-                function.prepare(*args, **kwargs)
+            if chosen is not None and "!" not in schema:  # what writes into its arguments is not called for nothing
+                _rehearse(chosen.load, args, kwargs)
 
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", abstract, lib=_library)

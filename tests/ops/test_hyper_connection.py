@@ -345,6 +345,23 @@ def test_what_was_prepared_begins_to_compile_with_the_first_call(monkeypatch):
     assert prepared == [(x, 1.0)] and not _library._prepared
 
 
+@pytest.mark.gpu
+def test_what_was_rehearsed_compiles_nothing_more():
+    triton = pytest.importorskip("triton")
+    shapes = {"kv": (1, 256, 64), "gate": (1, 256, 64), "bias": (128, 64), "norm": (64,), "cos": (256, 8), "sin": (256, 8)}
+    with torch._subclasses.FakeTensorMode():
+        fake = [torch.empty(shape, device="cuda") for shape in shapes.values()]
+    _library.prepare(torch.ops.dsv4.compress_hca.default, *fake, norm_eps=1e-6)
+    ops.hc_post(**arguments("hc_post", (3,), 64, device="cuda"), implementation="triton")
+    compiled, hook = [], triton.knobs.runtime.jit_post_compile_hook
+    triton.knobs.runtime.jit_post_compile_hook = lambda *args, **kwargs: compiled.append(kwargs["fn"].name)
+    try:
+        ops.compress_hca(*[torch.randn(shape, device="cuda") for shape in shapes.values()])
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = hook
+    assert not compiled
+
+
 # Kernels on the GPU
 
 TOKENS = (1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 128, 129, 192, 256, 257, 1000, 4096, 16384)
