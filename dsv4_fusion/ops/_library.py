@@ -40,7 +40,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 operators: dict[str, tuple[Implementation, ...]] = {}  # by name: its GPU implementations, best first
 _preparers: dict[Any, Callable[..., None]] = {}  # an operator's overload: begins to compile its kernels
 _prepared: list[Callable[[], None]] = []
-_rehearsals: dict[str, Future] = {}  # what has begun of these, by what is called
+_rehearsals: dict[Any, Future] = {}  # what has begun of these, by what is called
 
 
 @dataclass(frozen=True)
@@ -151,15 +151,32 @@ def _begin_prepared() -> None:
         wait([_rehearsals.popitem()[1]])
 
 
+def number(value: Any) -> Any:
+    """An argument, or the value that a symbolic one had when the graph was traced."""
+    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value
+
+
+def rehearse(key: Any, device: torch.device, run: Callable[[], None]) -> None:
+    """``run`` kernels in a thread and on a stream of its own, so that they are compiled; the same ``key`` runs once."""
+
+    def aside() -> None:
+        with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+            run()
+            torch.cuda.current_stream().synchronize()
+
+    _begin(key, aside)
+
+
+def _begin(key: Any, run: Callable[[], None]) -> None:
+    """In a thread; not while a CUDA graph is captured, which memory for a kernel's arguments would break."""
+    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if key not in _rehearsals and not captured:
+        _rehearsals[key] = compiling().submit(run)
+
+
 def _rehearse(load: Callable[[], Callable[..., Any]], args: tuple, kwargs: dict[str, Any]) -> None:
-    """In a thread, begin to compile what a kernel's function will launch: by its ``prepare``, or by a call with zeros.
-
-    Nothing is begun while a CUDA graph is captured, which the memory for the zeros would break.
-    """
+    """Begin to compile what a kernel's function will launch: by its ``prepare``, or by a call with zeros."""
     device = args[0].device
-
-    def number(value: Any) -> Any:
-        return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value
 
     def metadata(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -175,21 +192,19 @@ def _rehearse(load: Callable[[], Callable[..., Any]], args: tuple, kwargs: dict[
         )
 
     given, options = [metadata(arg) for arg in args], {name: metadata(value) for name, value in kwargs.items()}
-    key = repr((load, given, options, device))
+
+    def call() -> None:
+        load()(*[zeros(*value) if isinstance(value, tuple) else value for value in given], **options)
 
     def run() -> None:
         function = load()
         if hasattr(function, "prepare"):
             function.prepare(*args, **kwargs)
-            return
-        with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
-            tensors = [zeros(*value) if isinstance(value, tuple) else value for value in given]
-            function(*tensors, **options)
-            torch.cuda.current_stream().synchronize()
+        else:
+            rehearse(("call", key), device, call)
 
-    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    if key not in _rehearsals and not captured:
-        _rehearsals[key] = compiling().submit(run)
+    key = repr((load, given, options, device))
+    _begin(("prepare", key), run)
 
 
 def _call_key(args: tuple, kwargs: dict) -> tuple | None:

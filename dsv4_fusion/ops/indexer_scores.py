@@ -348,8 +348,6 @@ def _cutedsl_limits(q: Tensor, *_: Any, top_k: int = 0, **__: Any) -> str | None
     major, minor = torch.cuda.get_device_capability(q.device)
     if major != 9:
         return f"the cutedsl kernel is for compute capability 9.0, this device has {major}.{minor}"
-    if q.dtype == torch.float8_e4m3fn:
-        return "the cutedsl kernel takes bf16 and MXFP4, got float8_e4m3fn"
     if q.shape[-2] not in (32, 64, 128):
         return f"the cutedsl kernel takes 32, 64 or 128 heads, got {q.shape[-2]}"
     return _topk_limits(top_k=top_k)

@@ -348,7 +348,8 @@ def test_what_was_prepared_begins_to_compile_with_the_first_call(monkeypatch):
 @pytest.mark.gpu
 def test_what_was_rehearsed_compiles_nothing_more():
     triton = pytest.importorskip("triton")
-    shapes = {"kv": (1, 256, 64), "gate": (1, 256, 64), "bias": (128, 64), "norm": (64,), "cos": (256, 8), "sin": (256, 8)}
+    shapes = {"kv": (1, 256, 64), "gate": (1, 256, 64), "bias": (128, 64), "norm": (64,)}
+    shapes |= {"cos": (256, 8), "sin": (256, 8)}
     with torch._subclasses.FakeTensorMode():
         fake = [torch.empty(shape, device="cuda") for shape in shapes.values()]
     _library.prepare(torch.ops.dsv4.compress_hca.default, *fake, norm_eps=1e-6)

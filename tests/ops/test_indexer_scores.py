@@ -389,7 +389,7 @@ def poisoned():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("range", RANGES)
-@pytest.mark.parametrize("format", ["bf16", "mxfp4"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_cutedsl_on_the_gpu(poisoned, format, range):
     pytest.importorskip("cutlass")
     sizes = [(1, 64, 128, 1, None), (7, 64, 128, 333, None), (257, 64, 128, 1030, 2), (33, 128, 128, 700, 1)]

@@ -21,7 +21,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from torch import Tensor
 
-from .._library import compiling, layout, new
+from .._library import compiling, layout, new, number
 from . import launch, ptx
 
 COLUMNS = 256  # heads of a block's queries, all together
@@ -558,8 +558,11 @@ class Best:
 
         return best(scores_into, *tensors, **options)
 
-    def prepare(self, *tensors, dtype=None, **_) -> None:
-        indexer_scores.prepare(*tensors)
+    def prepare(self, q, k, *tensors, top_k, dtype=None, **_) -> None:
+        from ..triton.indexer_select import begin
+
+        indexer_scores.prepare(q, k, *tensors)
+        begin(q.device, number(k.shape[-2]), top_k, dtype or torch.int64)
 
 
 indexer_topk = Best()

@@ -6,8 +6,11 @@ soon as no more than top_k do. Those are sorted last.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+from .._library import rehearse
 
 MINUS_INFINITY = tl.constexpr(-0x7F800001)  # as ordered
 BLOCKS = 1024, 4096, 8192  # scores that a program holds
@@ -192,3 +195,14 @@ def best_of(scores, out, length: int, top_k: int) -> None:
         scores, out, scores.stride(0), scores.stride(1), out.stride(0), length, top_k, padded, block, length <= block,
         num_warps=block // 1024, maxnreg=128 if block == BLOCKS[-1] else None,  # two programs a multiprocessor
     )  # fmt: skip
+
+
+def begin(device: torch.device, length: int, top_k: int, dtype: torch.dtype) -> None:
+    """Begin to compile what :func:`best_of` will need for such scores and choices."""
+
+    def run() -> None:
+        scores = torch.zeros(1, 1, triton.cdiv(length, 16) * 16, device=device)
+        best_of(scores, torch.empty(1, 1, top_k, dtype=dtype, device=device), length, top_k)
+
+    if length and top_k:
+        rehearse((best_of, device, length, top_k, dtype), device, run)
