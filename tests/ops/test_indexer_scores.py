@@ -324,7 +324,10 @@ def check_paged(tensors: dict[str, Any], device: str = "cpu", **options) -> None
         q = tensors["q"].float().abs().to(torch.float8_e4m3fn)
         terms = {**tensors, "q": q, "cache": cache, "weights": tensors["weights"].abs()}
         size = ops.indexer_scores_paged(**terms, **options)
-        assert ((got - expected).abs() <= TENSOR_CORE * size)[seen].all()
+        error, size = (got - expected)[seen].abs(), size[seen]
+        # What it cuts off goes one way: with few heads and a large product in each step of 32 it adds up
+        assert (error <= 4 * TENSOR_CORE * size).all()
+        assert error.norm() <= TENSOR_CORE / 4 * size.norm()
         return
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
