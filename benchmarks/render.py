@@ -12,7 +12,8 @@ A table stands between ``<!-- table: WORK KEY=VALUE … -->`` and ``<!-- end -->
     values=us      what the cells show; several (``values=us,kernels,peak_gib``) take the place of the columns
     unit=us        us, ms or s, for times
 
-``<!-- ratio: WORK KEY=VALUE … -->`` and ``<!-- end -->`` on one line hold how many times faster ours is than Inductor.
+``<!-- ratio: WORK KEY=VALUE … -->`` and ``<!-- end -->`` on one line hold how many times faster ours is than Inductor;
+with ``against=floor`` how much of the time of ours the floor is, in percent.
 
 Of two measurements of the same thing the newer file's counts. A table in which two measurements that differ in some
 other parameter compete for a cell is an error, which names that parameter. The JSON format is in CONTRIBUTING.md.
@@ -123,11 +124,12 @@ def table(spec: str, rows: list[Row]) -> str:
 
 
 def ratio(spec: str, rows: list[Row]) -> str:
-    """Inductor's time over ours, of the one measurement that a marker asks for."""
+    """Inductor's time over ours, or the floor's, of the one measurement that a marker asks for."""
     work, *settings = spec.split()
     wanted = dict(setting.split("=", 1) for setting in settings)
+    against = wanted.pop("against", "inductor")
     times = {}
-    for impl in ("inductor", "ours"):
+    for impl in (against, "ours"):
         found = [
             row["us"]
             for row in rows
@@ -138,7 +140,8 @@ def ratio(spec: str, rows: list[Row]) -> str:
         if not found:
             return "not measured"
         times[impl] = found[0]
-    return f"{times['inductor'] / times['ours']:.1f}×"
+    share = times[against] / times["ours"]
+    return f"{100 * share:.0f} %" if against == "floor" else f"{share:.1f}×"
 
 
 def sources(rows: Any) -> list[str]:

@@ -101,5 +101,7 @@ def test_ratio(results):
     assert render.render(text, rows) == (
         "| hc_pre | <!-- ratio: hc_pre T=1 -->2.5×<!-- end -->, <!-- ratio: hc_pre T=2 -->not measured<!-- end --> |"
     )
+    write("2026-11-02", [row("floor", 3.0)])
+    assert render.ratio("hc_pre T=1 against=floor", render.load(folder)) == "75 %"
     with pytest.raises(ValueError, match="2 measurements of ours; fix more parameters"):
         render.ratio("hc_pre timer=graph", rows)
