@@ -174,7 +174,8 @@ def _nearest(node: Node, wanted: Callable[[Node], bool], far: int) -> Node | Non
         for at in level:
             if wanted(at):
                 return at
-        level = [source for at in level for source in at.all_input_nodes if source not in seen]
+        sources = [source for at in level for source in at.all_input_nodes if source not in seen]
+        level = list(dict.fromkeys(sources))  # a butterfly has each many times
         seen.update(level)
     return None
 
