@@ -154,6 +154,7 @@ def arguments(name: str) -> tuple[tuple, dict[str, Any]]:
         "indexer_scores": (scored, {}),
         "indexer_scores_paged": (pages, {}),
         "indexer_topk": (scored, {"top_k": 512}),
+        "indexer_topk_paged": (pages, {"top_k": 512}),
     }
     return table[name]
 

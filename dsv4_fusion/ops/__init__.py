@@ -6,7 +6,8 @@ from .fp8_linear import fp8_linear, quantize_fp8, scaled_mm_fp8
 from .hyper_connection import hc_head, hc_post, hc_post_head, hc_post_pre, hc_pre
 from .indexer import indexer_q_fp8, indexer_q_mxfp4
 from .indexer_cache import indexer_cache_bytes, indexer_k_load, indexer_k_store_fp8, indexer_k_store_mxfp4
-from .indexer_scores import indexer_scores, indexer_scores_paged, indexer_topk
+from .indexer_scores import indexer_scores, indexer_topk
+from .indexer_scores_paged import indexer_scores_paged, indexer_topk_paged
 
 __all__ = [
     "compress_csa",
@@ -28,6 +29,7 @@ __all__ = [
     "indexer_scores",
     "indexer_scores_paged",
     "indexer_topk",
+    "indexer_topk_paged",
     "kv_cache_bytes",
     "kv_load",
     "quantize_fp8",

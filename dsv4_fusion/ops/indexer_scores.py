@@ -12,8 +12,8 @@ fp8    [B, S, H, d] e4m3fn        none, in the weights  [B, Tk, d] e4m3fn      [
 mxfp4  [B, S, H, d / 2] uint8     [B, S, H] int32       [B, Tk, d / 2] uint8   [B, Tk] int32
 ====== ========================== ===================== ====================== ==================
 
-Queries are what :func:`~dsv4_fusion.ops.indexer_q_fp8` and ``indexer_q_mxfp4`` return; keys are quantised likewise, or
-lie in the pages that ``indexer_k_store_fp8`` and ``indexer_k_store_mxfp4`` fill.
+Queries are what :func:`~dsv4_fusion.ops.indexer_q_fp8` and ``indexer_q_mxfp4`` return; keys are quantised likewise.
+Those in pages have operators of their own, in ``indexer_scores_paged.py``.
 Source: DeepSeek-V3.2 and V4 technical reports ("lightning indexer") and inference code.
 """
 
@@ -26,10 +26,8 @@ from torch import Tensor
 
 from ._indexer import INTEGERS, MXFP4_BLOCK, check_dim, check_tensor, dequantise_mxfp4_ref
 from ._library import Implementation, define, expect, refuse_grad
-from .indexer_cache import _check_cache, indexer_k_load_ref
 
 HEADS = 128  # at most
-QUERIES = 4  # of a sequence, paged, at most
 WORKSPACE = 256 * 2**20  # bytes
 TOP_K = 4096  # at most, on a GPU
 OUTPUTS = (torch.float32, torch.bfloat16)
@@ -95,74 +93,6 @@ def indexer_scores_ref(
     if visible is not None:
         out = out.masked_fill(~visible, -torch.inf)
     return out if wide == torch.float64 else out.to(dtype or torch.float32)
-
-
-def paged_ends(q: Tensor, lengths: Tensor) -> Tensor:
-    """Keys that every query of a sequence sees, [B, S]."""
-    if lengths.dim() == 2:
-        return lengths
-    queries = q.shape[1]
-    behind = torch.arange(1 - queries, 1, device=q.device, dtype=lengths.dtype)
-    return lengths.unsqueeze(1) + behind
-
-
-def indexer_scores_paged_ref(
-    q: Tensor,
-    cache: Tensor,
-    weights: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    q_scale: Tensor | None = None,
-    *,
-    page_size: int = 64,
-    max_length: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Plain PyTorch form of :func:`indexer_scores_paged`."""
-    format = _FORMATS[q.dtype]
-    head_dim = q.shape[-1] * (2 if format == "mxfp4" else 1)
-    length = block_table.shape[1] * page_size if max_length is None else max_length
-    ends = paged_ends(q, lengths)
-    longest = ends.amax(1) if ends.shape[1] else ends.sum(1)
-    if q.device.type != "cpu":
-        longest = longest.clamp(max=length)
-    options: dict[str, Any] = {"head_dim": head_dim, "page_size": page_size, "max_length": length}
-    if format == "fp8":  # codes, and their scales beside them: their product rounded to bf16 would be another number
-        k, k_scale, found = _load_fp8(cache, block_table, longest, **options)
-    else:
-        k, k_scale = indexer_k_load_ref(cache, block_table, longest, format=format, **options), None
-        found = _inside(cache, block_table, longest, page_size, length)
-    q = _dequantised(q, q_scale, torch.float32)
-    scores = indexer_scores_ref(q, k, weights, None, k_scale, None, ends, dtype=torch.float32)
-    return scores.masked_fill(~found.unsqueeze(1), -torch.inf).to(dtype or torch.float32)
-
-
-def _inside(cache: Tensor, block_table: Tensor, lengths: Tensor, page_size: int, length: int) -> Tensor:
-    """bool [B, length]: which keys are before the length and on a page of the cache."""
-    token = torch.arange(length, device=cache.device)
-    page = block_table[:, token // page_size]
-    return (token < lengths.unsqueeze(1)) & (page >= 0) & (page < cache.shape[0])
-
-
-def _load_fp8(
-    cache: Tensor, block_table: Tensor, lengths: Tensor, *, head_dim: int, page_size: int, max_length: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes as fp32 [B, length, d] and scales [B, length], zeros outside, and what is inside."""
-    options: dict[str, Any] = {"head_dim": head_dim, "page_size": page_size, "max_length": max_length}
-    indexer_k_load_ref(cache, block_table, lengths, format="fp8", **options)  # its errors
-    inside = _inside(cache, block_table, lengths, page_size, max_length)
-    token = torch.arange(max_length, device=cache.device)
-    page = torch.where(inside, block_table[:, token // page_size].long(), 0).unsqueeze(-1)
-    if cache.shape[0] == 0:
-        cache = cache.new_zeros([1, cache.shape[1]])
-    row = (token % page_size).unsqueeze(-1)
-    codes = cache[page, row * head_dim + torch.arange(head_dim, device=cache.device)].view(torch.float8_e4m3fn)
-    scales = cache[page, page_size * head_dim + row * 4 + torch.arange(4, device=cache.device)].view(torch.float32)
-    return (
-        torch.where(inside.unsqueeze(-1), codes.float(), 0),
-        torch.where(inside, scales.squeeze(-1), 0),
-        inside,
-    )
 
 
 def best_ref(scores: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
@@ -270,40 +200,6 @@ def _check_scores(
     refuse_grad([q, k, weights, k_scale])
 
 
-def _check_paged(
-    q: Tensor,
-    cache: Tensor,
-    weights: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    q_scale: Tensor | None = None,
-    *,
-    page_size: int = 64,
-    max_length: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    format, d = _check_q(q, weights, q_scale, (4,))
-    if format == "bf16":
-        raise ValueError("the cache holds FP8 or MXFP4: q must be float8_e4m3fn or uint8 (packed MXFP4), got bfloat16")
-    batch, queries = q.shape[:2]
-    if not isinstance(queries, int) or not 1 <= queries <= QUERIES:
-        raise ValueError(f"q must hold from 1 to {QUERIES} queries a sequence, got shape {list(q.shape)}")
-    _check_cache(cache, page_size, format, d, q.device)
-    check_tensor("block_table", block_table, (batch, None), INTEGERS, q.device)
-    if lengths.dim() == 2:
-        check_tensor("lengths", lengths, (batch, queries), INTEGERS, q.device)
-    else:
-        check_tensor("lengths", lengths, (batch,), INTEGERS, q.device)
-    if max_length is not None:
-        room = block_table.shape[1] * page_size
-        expect(
-            max_length >= 0 and max_length <= room,
-            lambda: f"max_length must be from 0 to {room}, which the block table's pages hold, got {max_length}",
-        )
-    _check_dtype(dtype, OUTPUTS)
-    refuse_grad([q, weights])
-
-
 def _check_topk(*args: Any, top_k: int, workspace: int = WORKSPACE, **options: Any) -> None:
     _check_scores(*args, **options, outputs=INTEGERS)
     expect(top_k >= 0, lambda: f"top_k must be at least 0, got {top_k}")
@@ -316,20 +212,6 @@ def _check_topk(*args: Any, top_k: int, workspace: int = WORKSPACE, **options: A
 
 def _fake_scores(q: Tensor, k: Tensor, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
     return q.new_empty([*q.shape[:-2], k.shape[-2]], dtype=dtype or torch.float32)
-
-
-def _fake_paged(
-    q: Tensor,
-    cache: Tensor,
-    weights: Tensor,
-    block_table: Tensor,
-    *_: Any,
-    page_size: int = 64,
-    max_length: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    length = block_table.shape[1] * page_size if max_length is None else max_length
-    return q.new_empty([*q.shape[:2], length], dtype=dtype or torch.float32)
 
 
 def _fake_topk(q: Tensor, *_: Any, top_k: int, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
@@ -373,15 +255,6 @@ _indexer_scores = define(
     check=_check_scores,
     implementations=_kernels("indexer_scores"),
 )
-_indexer_scores_paged = define(
-    "indexer_scores_paged(Tensor q, Tensor cache, Tensor weights, Tensor block_table, Tensor lengths, "
-    "Tensor? q_scale=None, *, int page_size=64, SymInt? max_length=None, ScalarType? dtype=None, "
-    "str? implementation=None) -> Tensor",
-    reference=indexer_scores_paged_ref,
-    fake=_fake_paged,
-    check=_check_paged,
-    implementations=[Implementation("triton", f"{_MODULE}:indexer_scores_paged")],
-)
 _indexer_topk = define(
     f"indexer_topk({_TENSORS}, *, SymInt top_k, {_OPTIONS}, int workspace={WORKSPACE}, str? implementation=None)"
     " -> Tensor",
@@ -422,8 +295,7 @@ def indexer_scores(
         positions: like ``end``, in place of both.
         ratio: tokens a key stands for.
         dtype: of the result, fp32 or bf16; None for fp32.
-        implementation: "cutedsl" (bf16 and MXFP4, 32, 64 or 128 heads, SM90), "triton", "reference", or None for the
-            best one usable.
+        implementation: "cutedsl" (32, 64 or 128 heads, SM90), "triton", "reference", or None for the best one usable.
 
     Returns:
         [B, S, Tk] or [T, Tk], contiguous.
@@ -434,53 +306,6 @@ def indexer_scores(
     """
     return _indexer_scores(
         q, k, weights, q_scale, k_scale, start, end, positions, ratio=ratio, dtype=dtype, implementation=implementation
-    )
-
-
-def indexer_scores_paged(
-    q: Tensor,
-    cache: Tensor,
-    weights: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    q_scale: Tensor | None = None,
-    *,
-    page_size: int = 64,
-    max_length: int | None = None,
-    dtype: torch.dtype | None = None,
-    implementation: str | None = None,
-) -> Tensor:
-    """The scores of :func:`indexer_scores` with the keys in a paged cache, for decoding.
-
-    Args:
-        q: [B, S, H, d] e4m3fn or [B, S, H, d / 2] packed MXFP4 uint8, S from 1 to 4: the sequence's last tokens.
-        cache: uint8 [pages, page_bytes] of the same format, as ``indexer_k_store_fp8`` or ``indexer_k_store_mxfp4``
-            filled it.
-        weights, q_scale, dtype, implementation: as in :func:`indexer_scores`.
-        block_table: [B, N] int32 or int64: the pages of each sequence. What is beyond its length may be anything. A
-            page outside the cache is an error; a GPU cannot raise it, and its keys are not seen.
-        lengths: int32 or int64 [B, S], the keys every query sees; or [B], those the last one sees, each query before
-            it one fewer. More than ``max_length`` is an error, and on a GPU is cut to it.
-        page_size: tokens a page, a power of two.
-        max_length: keys a row of the result; None for all that N pages hold, so that no length is waited for.
-
-    Returns:
-        [B, S, max_length], contiguous, −inf from a query's length on.
-
-    Raises:
-        ValueError: as :func:`indexer_scores`.
-    """
-    return _indexer_scores_paged(
-        q,
-        cache,
-        weights,
-        block_table,
-        lengths,
-        q_scale,
-        page_size=page_size,
-        max_length=max_length,
-        dtype=dtype,
-        implementation=implementation,
     )
 
 
@@ -510,7 +335,7 @@ def indexer_topk(
         top_k: how many; it may exceed the number of keys.
         dtype: of the result, int32 or int64; None for int64.
         workspace: bytes of scores that may exist at a time.
-        implementation: "triton", "reference" (which needs all scores at a time), or None for the best one usable.
+        implementation: as there; the reference needs all scores at a time.
 
     Returns:
         [B, S, top_k] or [T, top_k], contiguous; −1 after the keys that the query sees.

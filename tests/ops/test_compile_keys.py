@@ -123,6 +123,10 @@ def paged_scores(tokens: int, batch: int) -> dict:
     return given | {"cache": empty(tokens + 9, 64 * 132, dtype=torch.uint8)} | pages(tokens, batch)
 
 
+def paged_choices(tokens: int, batch: int) -> dict:
+    return paged_scores(tokens, batch) | {"top_k": 512}
+
+
 def windows(ratio: int, d: int, overlap: bool) -> Callable[[int, int], dict]:
     def make(tokens: int, batch: int) -> dict:
         width = 2 * d if ratio == 4 else d
@@ -192,6 +196,7 @@ CASES: dict[str, tuple[str, str, Callable[[int, int], dict], int]] = {
     "indexer_scores": ("indexer_scores", "indexer_scores", scores, 2),
     "indexer_scores_paged": ("indexer_scores", "indexer_scores_paged", paged_scores, 2),
     "indexer_topk": ("indexer_scores", "indexer_topk", choices, 4),
+    "indexer_topk_paged": ("indexer_scores", "indexer_topk_paged", paged_choices, 4),
     "compress_csa": ("compressor", "compress_csa", windows(4, 512, False), 1),
     "compress_csa with a window before": ("compressor", "compress_csa", windows(4, 512, True), 1),
     "compress_hca": ("compressor", "compress_hca", windows(128, 512, False), 1),

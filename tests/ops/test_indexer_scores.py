@@ -174,6 +174,9 @@ def test_paged_is_ragged(format, queries):
     assert torch.equal(got, ops.indexer_scores_paged(**{**tensors, "lengths": ends}))
     shorter = ops.indexer_scores_paged(**{**tensors, "lengths": tensors["lengths"].clamp(max=70)}, max_length=70)
     assert shorter.shape == (3, queries, 70)
+    chosen = ops.indexer_topk_paged(**tensors, top_k=300)
+    assert torch.equal(chosen, ops.indexer_topk(k=k, k_scale=k_scale, end=ends, top_k=300, **rest))
+    assert torch.equal((chosen >= 0).sum(-1), ends) and chosen.dtype == torch.int64
 
 
 @pytest.mark.parametrize("range", RANGES)
@@ -205,6 +208,7 @@ def test_opcheck(format):
     calls = [("indexer_scores", tensors), ("indexer_topk", {**tensors, "top_k": 40, "dtype": torch.int32})]
     if format != "bf16":
         calls.append(("indexer_scores_paged", paged(format)[0]))
+        calls.append(("indexer_topk_paged", {**paged(format)[0], "top_k": 40, "dtype": torch.int32}))
     for name, given in calls:
         results = torch.library.opcheck(getattr(torch.ops.dsv4, name).default, (), given, test_utils=utils)
         assert len(results) == len(utils) and set(results.values()) == {"SUCCESS"}
@@ -279,6 +283,21 @@ def test_bad_paged(key, change, message):
         tensors["weights"] = torch.ones(tensors["q"].shape[:3])
     with pytest.raises(ValueError, match=message):
         ops.indexer_scores_paged(**tensors)
+    with pytest.raises(ValueError, match=message):
+        ops.indexer_topk_paged(**tensors, top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": -1}, "dsv4::indexer_topk_paged: top_k must be at least 0, got -1"),
+        ({"top_k": 3, "dtype": torch.float32}, "dtype must be int32 or int64, got float32"),
+        ({"top_k": 3, "workspace": 0}, "workspace must be a positive number of bytes, got 0"),
+    ],
+)
+def test_bad_choices_from_pages(options, message):
+    with pytest.raises(ValueError, match=message):
+        ops.indexer_topk_paged(**paged("fp8")[0], **options)
 
 
 def test_grad_is_refused():
@@ -317,6 +336,9 @@ def check_paged(tensors: dict[str, Any], device: str = "cpu", **options) -> None
     given = {key: None if value is None else value.to(device) for key, value in tensors.items()}
     got = ops.indexer_scores_paged(**given, **options, implementation="triton").cpu()
     assert torch.equal(got == -torch.inf, expected == -torch.inf)
+    for top_k, workspace in ((7, 2**28), (40, 1)):
+        best = {"top_k": top_k, "workspace": workspace, "implementation": "triton"}
+        assert torch.equal(ops.indexer_topk_paged(**given, **options, **best).cpu(), best_ref(got, top_k, torch.int64))
     if tensors["q"].dtype == torch.float8_e4m3fn and device != "cpu":
         seen = expected != -torch.inf
         cache = tensors["cache"].clone()

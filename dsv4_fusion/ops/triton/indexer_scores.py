@@ -329,15 +329,46 @@ def indexer_scores(
     return out
 
 
+def paged_into(out, q, cache, weights, block_table, lengths, q_scale, length, page_size):
+    ends = lengths if lengths.dim() == 2 else lengths.unsqueeze(1)
+    end_token = 1 if lengths.dim() == 2 else 0
+    _launch(q, q_scale, cache, cache, weights, None, ends, end_token, block_table, out, length, 0, 1, page_size)
+
+
 def indexer_scores_paged(
     q, cache, weights, block_table, lengths, q_scale=None, *, page_size=64, max_length=None, dtype=None
 ):
     length = block_table.shape[1] * page_size if max_length is None else max_length
     out = q.new_empty([*q.shape[:2], length], dtype=dtype or torch.float32)
-    ends = lengths if lengths.dim() == 2 else lengths.unsqueeze(1)
-    end_token = 1 if lengths.dim() == 2 else 0
-    _launch(q, q_scale, cache, cache, weights, None, ends, end_token, block_table, out, length, 0, 1, page_size)
+    paged_into(out, q, cache, weights, block_table, lengths, q_scale, length, page_size)
     return out
+
+
+def indexer_topk_paged(
+    q, cache, weights, block_table, lengths, q_scale=None,
+    *, top_k, page_size=64, max_length=None, dtype=None, workspace=256 * 2**20,
+):  # fmt: skip
+    length = block_table.shape[1] * page_size if max_length is None else max_length
+    batch, queries = q.shape[:2]
+    out = q.new_empty([batch, queries, top_k], dtype=dtype or torch.int64)
+    if out.numel() == 0:
+        return out
+    width = _width(length)
+    some = max(1, min(batch, workspace // max(1, 4 * width * queries)))
+    scores = q.new_empty([some, queries, width], dtype=torch.float32)
+    for b in range(0, batch, some):
+        few = slice(b, b + some)
+        rows = out[few]
+        into = scores[: rows.shape[0]]
+        scale = None if q_scale is None else q_scale[few]
+        paged_into(into, q[few], cache, weights[few], block_table[few], lengths[few], scale, length, page_size)
+        best_of(into, rows, length, top_k)
+    return out
+
+
+def _width(length):
+    """Of rows of scores: whatever the length, they begin where Triton expects it of all or of none."""
+    return triton.cdiv(length, 16) * 16
 
 
 def best(
@@ -351,7 +382,7 @@ def best(
     chosen = batched(out, 3)
     q, k, weights, q_scale, k_scale, start, end = ragged(q, k, weights, q_scale, k_scale, start, end, positions)
     (batch, queries), length = q.shape[:2], k.shape[1]
-    width = triton.cdiv(length, 16) * 16  # whatever the length, rows begin where Triton expects it of all or of none
+    width = _width(length)
     some = max(1, min(batch * queries, workspace // max(1, 4 * width)))
     sequences = max(1, some // queries)  # at a time, or a part of one
     some = min(some, queries)
