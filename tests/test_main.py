@@ -141,7 +141,7 @@ def test_explain_is_what_a_real_model_gives(capsys, tmp_path):
     """On the meta device as with weights on the CPU; from DeepSeek's own form of the fields, cut to one layer."""
     pytest.importorskip("transformers.models.deepseek_v4")
     file = str(tmp_path / "config.json")
-    ratios = {"num_hidden_layers": 3, "compress_ratios": [4, 128, 0, 0], "num_hash_layers": 0}
+    ratios = {"num_hidden_layers": 3, "compress_ratios": [4, 128, 0, 0], "num_hash_layers": 0, "hc_sinkhorn_iters": 2}
     Path(file).write_text(json.dumps(cli.TINY | ratios | {"model_type": "deepseek_v4", "torch_dtype": "bfloat16"}))
     code, out, _ = run(capsys, "explain", "--config", file, "--layers", "1", "--tokens", "32", "--json")
     found = json.loads(out)

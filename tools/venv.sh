@@ -19,7 +19,9 @@ venv_python=$VENV/bin/python
 
 say() { printf '==> %s\n' "$*"; }
 install() { # without a terminal pip's progress is noise; errors are printed all the same
-  if [ -t 1 ]; then "$venv_python" -m pip install "$@"; else "$venv_python" -m pip install -qq "$@"; fi
+  local quiet=-qq
+  if [ -t 1 ]; then quiet=; fi
+  "$venv_python" -m pip install $quiet --no-compile "$@" # compiled below, on all cores
 }
 has_torch() {
   "$1" -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null
@@ -76,6 +78,9 @@ if [ "$(uname -s)" = Linux ] && ! "$venv_python" -c 'import triton' 2>/dev/null;
 fi
 say "installing dsv4_fusion[test]"
 install -e ".[test]"
+# pip would compile on one core, and the hundreds of models of transformers too
+"$venv_python" -m compileall -q -j 0 -x 'transformers/models/(?!auto/|deepseek_v4/)' \
+  "$("$venv_python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" >/dev/null || true # templates among them
 
 "$venv_python" - <<'END'
 from importlib.metadata import distributions
