@@ -39,7 +39,7 @@ class Breaks(CustomGraphPass):
 @pytest.fixture(scope="module")
 def report() -> Report:
     """Four layers, one of each kind of attention, one near miss."""
-    net = model("tiny", 4, torch.bfloat16, hc_sinkhorn_iters=6)
+    net = model("tiny", 4, torch.bfloat16)
     return dsv4_fusion.explain(
         net, torch.zeros(1, 32, dtype=torch.long), use_cache=False, options={"joint_custom_pre_pass": Breaks()}
     )

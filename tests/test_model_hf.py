@@ -138,9 +138,7 @@ def test_one_compile_per_layer():
 
 def test_streams_returned_too():
     """The head's streams are asked for: the last post cannot vanish into the head."""
-    report = dsv4_fusion.explain(
-        model("tiny", 1, **QUICK), tokens(1, 32), use_cache=False, output_hidden_states=True
-    )
+    report = dsv4_fusion.explain(model("tiny", 1, **QUICK), tokens(1, 32), use_cache=False, output_hidden_states=True)
     assert report.counts == {"hc_pre": 1, "hc_post_pre": 1, "hc_post": 1, "hc_head": 1}, report
 
 
