@@ -200,11 +200,15 @@ def _check_scores(
     refuse_grad([q, k, weights, k_scale])
 
 
-def _check_topk(*args: Any, top_k: int, workspace: int = WORKSPACE, **options: Any) -> None:
-    _check_scores(*args, **options, outputs=INTEGERS)
+def _check_choice(top_k: int, workspace: int) -> None:
     expect(top_k >= 0, lambda: f"top_k must be at least 0, got {top_k}")
     if workspace < 1:
         raise ValueError(f"workspace must be a positive number of bytes, got {workspace}")
+
+
+def _check_topk(*args: Any, top_k: int, workspace: int = WORKSPACE, **options: Any) -> None:
+    _check_scores(*args, **options, outputs=INTEGERS)
+    _check_choice(top_k, workspace)
 
 
 # Fakes: every output is contiguous

@@ -18,6 +18,7 @@ from .indexer_scores import (
     _FORMATS,
     OUTPUTS,
     WORKSPACE,
+    _check_choice,
     _check_dtype,
     _check_q,
     _dequantised,
@@ -100,7 +101,7 @@ def _load_fp8(
 
 
 def indexer_topk_paged_ref(
-    *tensors: Tensor | None,
+    *tensors: Any,
     top_k: int,
     page_size: int = 64,
     max_length: int | None = None,
@@ -108,7 +109,7 @@ def indexer_topk_paged_ref(
     workspace: int = WORKSPACE,
 ) -> Tensor:
     """Plain PyTorch form of :func:`indexer_topk_paged`: all scores, then a stable sort."""
-    scores = indexer_scores_paged_ref(*tensors, page_size=page_size, max_length=max_length)  # type: ignore[arg-type]
+    scores = indexer_scores_paged_ref(*tensors, page_size=page_size, max_length=max_length)
     return best_ref(scores, top_k, dtype or torch.int64)
 
 
@@ -152,9 +153,7 @@ def _check_paged(
 
 def _check_topk(*args: Any, top_k: int, workspace: int = WORKSPACE, **options: Any) -> None:
     _check_paged(*args, **options, outputs=INTEGERS)
-    expect(top_k >= 0, lambda: f"top_k must be at least 0, got {top_k}")
-    if workspace < 1:
-        raise ValueError(f"workspace must be a positive number of bytes, got {workspace}")
+    _check_choice(top_k, workspace)
 
 
 # Fakes: every output is contiguous

@@ -336,7 +336,8 @@ def check_paged(tensors: dict[str, Any], device: str = "cpu", **options) -> None
     given = {key: None if value is None else value.to(device) for key, value in tensors.items()}
     got = ops.indexer_scores_paged(**given, **options, implementation="triton").cpu()
     assert torch.equal(got == -torch.inf, expected == -torch.inf)
-    for top_k, workspace in ((7, 2**28), (40, 1)) if tensors["q"].shape[1] != 3 else ():
+    choices = ((7, 2**28), (40, 1)) if tensors["q"].shape[1] != 3 else ()  # interpreted, each takes a second
+    for top_k, workspace in choices:
         best = {"top_k": top_k, "workspace": workspace, "implementation": "triton"}
         assert torch.equal(ops.indexer_topk_paged(**given, **options, **best).cpu(), best_ref(got, top_k, torch.int64))
     if tensors["q"].dtype == torch.float8_e4m3fn and device != "cpu":
@@ -347,9 +348,8 @@ def check_paged(tensors: dict[str, Any], device: str = "cpu", **options) -> None
         terms = {**tensors, "q": q, "cache": cache, "weights": tensors["weights"].abs()}
         size = ops.indexer_scores_paged(**terms, **options)
         error, size = (got - expected)[seen].abs(), size[seen]
-        # What it cuts off goes one way: with few heads and a large product in each step of 32 it adds up
-        assert (error <= 4 * TENSOR_CORE * size).all()
         assert error.norm() <= TENSOR_CORE / 4 * size.norm()
+        assert (error <= TENSOR_CORE * size).all(), (error / size).max()
         return
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
