@@ -524,10 +524,10 @@ class Ragged:
         device, causal = q.device, positions is not None
         result = layout((*q.shape[:-2], k.shape[-2]), dtype or torch.float32)
         if 0 in result[0]:
-            return lambda *_, **__: new(result, device)
+            return lambda *_: new(result, device)
         if q.dim() == 4 or q_scale is not None:
 
-            def several(q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None, **_) -> Tensor:
+            def several(q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None) -> Tensor:
                 out = new(result, device)
                 tensors = ragged(q, k, weights, q_scale, k_scale, start, end, positions)
                 scores_into(batched(out, 3), *tensors, causal, ratio)
@@ -538,7 +538,7 @@ class Ragged:
         kernel, processors = _begin(*_key(q, None, start, end, positions, dtype)).result(), _processors(device)
         q_rows, k_rows, column = _rows(q), _rows(k), _column(weights)
 
-        def launch(q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None, **_) -> Tensor:
+        def launch(q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None) -> Tensor:
             out = new(result, device)
             ends = positions if causal else end
             kernel(q_rows(q), k_rows(k), column(weights), k_scale, start, ends, out, ratio, processors)
