@@ -1,8 +1,9 @@
 """The indexer's scores on SM90: TMA, WGMMA, warp-specialised; a query's heads are columns, keys are rows.
 
 A matrix product of 64 keys and all heads of some queries stays in registers, where heads lie in a thread and its three
-neighbours: relu, weight and sum are two instructions a product, and the sum over heads crosses two lanes. Two
-warpgroups take turns, so that one multiplies matrices while the other sums.
+neighbours: relu, weight and sum are two instructions a product, and the sum over heads crosses two lanes. While one of
+two warpgroups sums, the tensor cores work for the other. With FP8 they are done sooner than the sums are: there a
+warpgroup has two products, one of which is in the making while it sums the other.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from . import launch, ptx
 COLUMNS = 256  # heads of a block's queries, all together
 KEYS = 128  # of a stage, 64 for each of two warpgroups
 CHUNK = 2048  # keys of a piece of work
+TURNS = 1  # the first of two named barriers
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
-TURNS = 1  # the first of two named barriers
 SLOTS = 4  # of limits: two stages of queries, one that is being written, and one to spare
 LINE = 128  # bytes of a row that lie together in shared memory
 SHARED = 227 * 1024
@@ -49,6 +50,9 @@ class Scores:
     def __init__(self, heads: int, d: int, fp8: bool, limits: str) -> None:
         self.heads, self.d, self.fp8, self.limits = heads, d, fp8, limits
         self.queries = COLUMNS // heads
+        self.parts = 2 if fp8 or heads == 32 else 1  # products of a warpgroup
+        self.columns = COLUMNS // self.parts
+        self.own = self.columns // heads  # queries of a product: 1, 2 or 4
         self.slot = 2 * self.queries + 2  # starts and ends, and the first and last stage
         size = 1 if fp8 else 2
         self.line = min(d, LINE // size)  # values of a row that lie together
@@ -112,7 +116,7 @@ class Scores:
 
     def _mma(self):
         major = LayoutEnum.ROW_MAJOR.sm90_mma_major_mode()
-        return sm90.make_trivial_tiled_mma(self.dtype, self.dtype, major, major, Float32, (1, 1, 1), (64, COLUMNS))
+        return sm90.make_trivial_tiled_mma(self.dtype, self.dtype, major, major, Float32, (1, 1, 1), (64, self.columns))
 
     @cute.kernel
     def kernel(
@@ -208,51 +212,99 @@ class Scores:
             cute.arch.setmaxregister_increase(232)
             consumer, thread = group - 1, thread % GROUP
             lane = thread % 32
-            own = consumer * 64 + (thread // 32) * 16 + lane // 4  # this thread's first key in a stage
+            mine = consumer * 64 + (thread // 32) * 16 + lane // 4  # this thread's first key in a stage
             tiled_mma = self._mma()
-            part = tiled_mma.get_slice(0)
-            a = tiled_mma.make_fragment_A(part.partition_A(s_k))
-            mine = a[(None, consumer, None, None)]  # the 64 keys of this warpgroup
-            (value, *others), (stride, *strides) = mine.shape, mine.stride
-            a = cute.make_tensor(mine.iterator, cute.make_layout((value, 1, *others), stride=(stride, 0, *strides)))
-            b = tiled_mma.make_fragment_B(part.partition_B(s_q))
-            products = cute.make_rmem_tensor(tiled_mma.partition_shape_C((64, COLUMNS)), Float32)
+            slice_ = tiled_mma.get_slice(0)
+            a = _one(tiled_mma.make_fragment_A(slice_.partition_A(s_k)), consumer)  # the 64 keys of this warpgroup
+            b = tiled_mma.make_fragment_B(slice_.partition_B(s_q))
+            b = [_one(b, part) for part in range(self.parts)]
+            shape = tiled_mma.partition_shape_C((64, self.columns))
+            products = [cute.make_rmem_tensor(shape, Float32) for _ in range(self.parts)]
             weight = cute.make_rmem_tensor((COLUMNS // 4,), Float32)
             q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.tiles_q)
             k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+            ahead = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
 
-            if consumer == 1:
-                self._hand_over(consumer)
+            if cutlass.const_expr(self.parts == 1):
+                if consumer == 1:
+                    self._hand_over(consumer)
             for turn in cutlass.range(0, rounds):
                 piece = _piece(turn, pieces, block, blocks)
                 few, chunk = piece // chunks, piece % chunks
                 q_stages.consumer_wait(q_state)
-                first, last, below, above = self._limits(limits, turn, length, chunk, lane)
+                first, last, seen = self._limits(limits, turn, length, chunk, lane)
                 for i in cutlass.range_constexpr(COLUMNS // 4):
                     weight[i] = s_w[i // 2 * 8 + lane % 4 * 2 + i % 2, 0, q_state.index]
-                for tile in cutlass.range(first, last):
-                    key = tile * KEYS + own
-                    scales = self._key_scales(k_scale, key, length)
+                    if cutlass.const_expr(self._doubled(i)):
+                        weight[i] = ptx.mul(weight[i], Float32(0.5))
+                where = (self._rows(out, few, lane), seen, lane)
+                if cutlass.const_expr(self.parts == 1):
+                    for tile in cutlass.range(first, last):
+                        key = tile * KEYS + mine
+                        scales = self._key_scales(k_scale, key, length, lane)
+                        k_stages.consumer_wait(k_state)
+                        cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=CONSUMERS * GROUP)
+                        self._multiply(a, b[0], k_state.index, q_state.index, products[0], apart=True)
+                        warpgroup.wait_group(1)  # the other's follow the last of these
+                        self._hand_over(consumer)
+                        warpgroup.wait_group(0)
+                        k_stages.consumer_release(k_state)
+                        k_state.advance()
+                        self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
+                # The assembler lets a product be in flight beside sums if no way leads past the loop, and one wait in
+                # it is for both; otherwise it waits after every instruction
+                elif first + 1 < last:
                     k_stages.consumer_wait(k_state)
-                    cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=CONSUMERS * GROUP)
-                    self._multiply(a, b, k_state.index, q_state.index, products)
-                    warpgroup.wait_group(1)  # the other's follow the last of these
-                    self._hand_over(consumer)
+                    self._multiply(a, b[0], k_state.index, q_state.index, products[0])
+                    for step in cutlass.range(0, cutlass.max(last - first - 1, 1), unroll=1):
+                        key = (first + step) * KEYS + mine
+                        scales = self._key_scales(k_scale, key, length, lane)
+                        self._multiply(a, b[1], k_state.index, q_state.index, products[1])
+                        ahead.advance()
+                        warpgroup.wait_group(0)
+                        sums = self._sums(products[0], weight, 0, lane)
+                        k_stages.consumer_wait(ahead)
+                        self._multiply(a, b[0], ahead.index, q_state.index, products[0])
+                        self._store(where, sums, scales, 0, key)
+                        warpgroup.wait_group(1)
+                        k_stages.consumer_release(k_state)
+                        k_state.advance()
+                        self._store(where, self._sums(products[1], weight, 1, lane), scales, 1, key)
+                    key = (last - 1) * KEYS + mine
+                    scales = self._key_scales(k_scale, key, length, lane)
+                    self._multiply(a, b[1], k_state.index, q_state.index, products[1])
+                    warpgroup.wait_group(0)
+                    sums = [self._sums(products[part], weight, part, lane) for part in range(2)]
+                    k_stages.consumer_release(k_state)
+                    k_state.advance()
+                    ahead.advance()
+                    for part in cutlass.range_constexpr(2):
+                        self._store(where, sums[part], scales, part, key)
+                elif first < last:
+                    key = first * KEYS + mine
+                    scales = self._key_scales(k_scale, key, length, lane)
+                    k_stages.consumer_wait(k_state)
+                    for part in cutlass.range_constexpr(2):
+                        self._multiply(a, b[part], k_state.index, q_state.index, products[part])
                     warpgroup.wait_group(0)
                     k_stages.consumer_release(k_state)
                     k_state.advance()
-                    sums = self._sums(products, weight, lane)
-                    self._store(out, sums, scales, below, above, few, key, lane)
+                    ahead.advance()
+                    for part in cutlass.range_constexpr(2):
+                        self._store(where, self._sums(products[part], weight, part, lane), scales, part, key)
                 q_stages.consumer_release(q_state)
                 q_state.advance()
                 # Keys that none of these queries sees
-                for tile in cutlass.range(chunk * (CHUNK // KEYS), first):
-                    self._store(out, None, None, below, above, few, tile * KEYS + own, lane)
-                end_tile = cutlass.min((chunk + 1) * (CHUNK // KEYS), (length + KEYS - 1) // KEYS)
-                for tile in cutlass.range(last, end_tile):
-                    self._store(out, None, None, below, above, few, tile * KEYS + own, lane)
-            if consumer == 0:  # the other's last
-                cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=CONSUMERS * GROUP)
+                lowest, highest = self._stages(length, chunk)
+                for tile in cutlass.range(lowest, first):
+                    for part in cutlass.range_constexpr(self.parts):
+                        self._store(where, None, None, part, tile * KEYS + mine)
+                for tile in cutlass.range(last, highest):
+                    for part in cutlass.range_constexpr(self.parts):
+                        self._store(where, None, None, part, tile * KEYS + mine)
+            if cutlass.const_expr(self.parts == 1):
+                if consumer == 0:  # the other's last
+                    cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=CONSUMERS * GROUP)
 
     def _hand_over(self, consumer) -> None:
         """To the other warpgroup, whose turn it is to multiply."""
@@ -305,34 +357,49 @@ class Scores:
     def _limits(self, limits, turn, length, chunk, lane):
         """What :meth:`_seen` found: the stages, and what the queries see whose sums this thread stores."""
         if self.limits == "all":
-            return *self._stages(length, chunk), None, None
+            return *self._stages(length, chunk), [None] * self.parts
         slot = turn % SLOTS * self.slot
         stages = [limits[slot + 2 * self.queries + i] for i in range(2)]
-        mine = [self._query(lane, i) for i in range(max(1, self.queries // 4))]
-        low = [limits[slot + query] for query in mine]
-        return *stages, low, [limits[slot + self.queries + query] for query in mine]
+        at = [slot + part * self.own + self._query(lane) for part in range(self.parts)]
+        return *stages, [(limits[query], limits[query + self.queries]) for query in at]
 
-    def _query(self, lane, i: int):
-        """Of the sums that a thread has in the end, number ``i`` of its queries."""
+    # After :meth:`_sums` a thread has the sums of one query of a product, and of one key or of two that are 8 apart
+
+    def _query(self, lane):
         bit0, bit1 = lane & 1, lane >> 1 & 1
-        if self.queries == 2:
-            return bit0
-        return bit0 * (self.queries // 2) + bit1 * (self.queries // 4) + i
+        return {1: Int32(0), 2: bit0, 4: bit0 * 2 + bit1}[self.own]
 
-    def _key_scales(self, k_scale, key, length):
+    def _keys(self, lane) -> list:
+        """How far this thread's keys are from its first."""
+        bit0, bit1 = lane & 1, lane >> 1 & 1
+        return {1: [8 * bit0], 2: [8 * bit1], 4: [0, 8]}[self.own]
+
+    def _rows(self, out, few, lane) -> list:
+        """Of this thread's query of each product: where its scores begin, and how many there are; none of no query."""
+        rows = []
+        for part in range(self.parts):
+            query = few * self.queries + part * self.own + self._query(lane)
+            inside = query < out.shape[0]
+            if self.own == 1:  # two threads have the same sum
+                inside = inside & (lane & 2 == 0)
+            count = Int32(cutlass.select_(inside, out.shape[1], Int32(0)))
+            rows.append((out.iterator + Int64(query) * out.stride[0], count))
+        return rows
+
+    def _key_scales(self, k_scale, key, length, lane):
         if not self.fp8:
             return None
-        return [k_scale[cutlass.min(key + 8 * i, length - 1)] for i in range(2)]
+        return [k_scale[cutlass.min(key + apart, length - 1)] for apart in self._keys(lane)]
 
-    def _multiply(self, a, b, k_index, q_index, products) -> None:
-        """Two groups, of which the second is the last product."""
+    def _multiply(self, a, b, k_index, q_index, products, apart: bool = False) -> None:
+        """In flight on return; with its last instruction ``apart``, in a group of its own."""
         warpgroup.fence()
         tiled_mma = self._mma()
         tiled_mma.set(warpgroup.Field.ACCUMULATE, False)
         steps = self.line // self.step
         for line in range(self.lines):
             for step in range(steps):
-                if line * steps + step == self.lines * steps - 1:
+                if apart and line * steps + step == self.lines * steps - 1:
                     warpgroup.commit_group()
                 left = a[(None, None, step, k_index * self.lines + line)]
                 right = b[(None, None, step, q_index * self.lines + line)]
@@ -340,52 +407,56 @@ class Scores:
                 tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
 
-    def _sums(self, products, weight, lane):
+    def _doubled(self, column: int) -> bool:
+        """Whether a product of this thread's columns is made twice as large as it should be, and its weight half.
+
+        x + |x| is 2 relu(x), exactly, for what products of FP8 can be. It takes the pipeline of the multiply-add and
+        not that of the maximum, which has half the rate: in turns they keep both busy.
+        """
+        return self.fp8 and column % 2 == 1
+
+    def _sums(self, products, weight, part: int, lane):
         """Over heads: of this thread's columns first, then of the four threads that share a row.
 
-        There are 2 sums a query, for keys 8 apart. In each exchange a thread gives away the half that it will not
-        store, so that in the end each of the four has a quarter of them.
+        There are 2 sums a query, for keys 8 apart. In an exchange a thread gives away the half that it will not store,
+        so that in the end each of the four has a quarter of them; a single sum is then in two threads.
         """
         per = self.heads // 4  # of a query's columns, in a thread
-        sums = []
-        for query in range(self.queries):
-            for row in range(2):
-                total = Float32(0.0)
-                for i in range(per):
-                    at = query * per + i
-                    total = ptx.fma(_relu(products[at // 2 * 4 + row * 2 + at % 2]), weight[at], total)
-                sums.append(total)
+        sums = [Float32(0.0)] * (2 * self.own)
+        for column in range(per):
+            for which in range(2 * self.own):
+                at = which // 2 * per + column
+                product = products[at // 2 * 4 + which % 2 * 2 + at % 2]
+                product = ptx.add_abs(product) if self._doubled(at) else ptx.maximum_nan(product, Float32(0.0))
+                sums[which] = ptx.fma(product, weight[part * (self.columns // 4) + at], sums[which])
         for bit in range(2):
-            odd, half = (lane >> bit & 1) == 1, len(sums) // 2
+            if len(sums) == 1:
+                sums = [ptx.add(sums[0], cute.arch.shuffle_sync_bfly(sums[0], offset=1 << bit))]
+                continue
+            odd, middle = (lane >> bit & 1) == 1, len(sums) // 2
             kept = []
-            for first, second in zip(sums[:half], sums[half:], strict=True):
+            for first, second in zip(sums[:middle], sums[middle:], strict=True):
                 keep, give = _choose(odd, second, first), _choose(odd, first, second)
                 kept.append(ptx.add(keep, cute.arch.shuffle_sync_bfly(give, offset=1 << bit)))
             sums = kept
         return sums
 
-    def _store(self, out, sums, scales, below, above, few, key, lane) -> None:
-        """This thread's sums, or −inf, where there is a query and a key."""
-        count = max(1, self.queries // 4)
-        for i in range(count):
-            query = few * self.queries + self._query(lane, i)
-            for row in range(1 if self.queries == 2 else 2):
-                at = key + 8 * (row if self.queries > 2 else (lane >> 1 & 1))
-                value = ptx.real(Uint32(MINUS_INFINITY))
-                if sums is not None:
-                    value = sums[i * 2 + row]
-                    if scales is not None:
-                        scale = scales[row] if self.queries > 2 else _choose((lane >> 1 & 1) == 1, scales[1], scales[0])
-                        value = ptx.mul(value, scale)
-                    if self.limits != "all":
-                        seen = (at >= below[i]) & (at < above[i])
-                        value = _choose(seen, value, ptx.real(Uint32(MINUS_INFINITY)))
-                self._put(out, query, at, value)
+    def _store(self, where, sums, scales, part: int, key) -> None:
+        """This thread's sums of a product, or −inf, where there is a query and a key; ``key`` is the thread's first."""
+        rows, seen, lane = where
+        for i, apart in enumerate(self._keys(lane)):
+            at, value = key + apart, ptx.real(Uint32(MINUS_INFINITY))
+            if sums is not None:
+                value = sums[i] if scales is None else ptx.mul(sums[i], scales[i])
+                if self.limits != "all":
+                    visible = (at >= seen[part][0]) & (at < seen[part][1])
+                    value = _choose(visible, value, ptx.real(Uint32(MINUS_INFINITY)))
+            self._put(*rows[part], at, value)
 
     @cute.jit
-    def _put(self, out: cute.Tensor, query: Int32, key: Int32, value: Float32):
-        if (query < out.shape[0]) & (key < out.shape[1]):
-            out[query, key] = value.to(self.result)
+    def _put(self, row: cute.Pointer, count: Int32, key: Int32, value: Float32):
+        if key < count:
+            cute.make_tensor(row + key, cute.make_layout(1))[0] = value.to(self.result)
 
 
 def _rounds(pieces, block, blocks) -> Int32:
@@ -408,9 +479,11 @@ def _choose(condition, yes: Float32, no: Float32) -> Float32:
     return ptx.real(ptx.select(condition, ptx.bits(yes), ptx.bits(no)))
 
 
-def _relu(x: Float32) -> Float32:
-    """NaN stays NaN."""
-    return ptx.maximum_nan(x, Float32(0.0))
+def _one(fragment: cute.Tensor, index) -> cute.Tensor:
+    """The tiles of a fragment whose second mode is ``index``, which becomes one."""
+    own = fragment[(None, index, None, None)]
+    (value, *others), (stride, *strides) = own.shape, own.stride
+    return cute.make_tensor(own.iterator, cute.make_layout((value, 1, *others), stride=(stride, 0, *strides)))
 
 
 def build(

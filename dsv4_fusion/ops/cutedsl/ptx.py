@@ -102,6 +102,11 @@ def maximum_nan(a: Float32, b: Float32) -> Float32:
     return _float("max.NaN.f32 {$w0}, {$r0}, {$r1};", a, b)
 
 
+def add_abs(a: Float32) -> Float32:
+    """a + |a|, in one instruction."""
+    return _float("{ .reg .f32 size; abs.f32 size, {$r0}; add.rn.f32 {$w0}, {$r0}, size; }", a)
+
+
 def select(condition, yes: Uint32, no: Uint32) -> Uint32:
     return Uint32(cutlass.select_(condition, yes, no))
 
