@@ -180,7 +180,7 @@ def _fake_topk(q: Tensor, *_: Any, top_k: int, dtype: torch.dtype | None = None,
 
 # Operators
 
-LEAST_PAGE = 8  # tokens that are copied at once
+LEAST_PAGE = 16  # tokens that are copied at once
 
 
 def _cutedsl_paged_limits(q: Tensor, cache: Tensor, *_: Any, page_size: int = 64, **options: Any) -> str | None:
@@ -246,7 +246,7 @@ def indexer_scores_paged(
             it one fewer. More than ``max_length`` is an error, and on a GPU is cut to it.
         page_size: tokens a page, a power of two.
         max_length: keys a row of the result; None for all that N pages hold, so that no length is waited for.
-        implementation: "cutedsl" (32, 64 or 128 heads, pages of 8 tokens or more at multiples of 16 bytes, SM90),
+        implementation: "cutedsl" (32, 64 or 128 heads, pages of 16 tokens or more at multiples of 16 bytes, SM90),
             "triton", "reference", or None for the best one usable.
 
     Returns:

@@ -47,7 +47,7 @@ class PagedScores:
         d: 64 or 128.
         fp8: e4m3 queries and keys with scales; MXFP4 otherwise.
         queries: of a sequence, 1 to 4.
-        page_size: a power of two, 8 at least.
+        page_size: a power of two, 16 at least.
         each: whether every query has a length of its own.
     """
 
