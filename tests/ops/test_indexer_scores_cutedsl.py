@@ -78,6 +78,7 @@ def test_pages_compile_for_sm90(variant, tmp_path):
     heads, d, dtype, queries, page, _, each, _ = variant
     kernel = indexer_scores_paged.PagedScores(heads, d, dtype == FP8, queries, page, each)
     assert kernel.stages * indexer_scores_paged.KEYS * kernel.row >= 48 * 1024
+    assert kernel.stages % kernel.consumers == 0
     sass = disassembled(indexer_scores_paged, variant, tmp_path)
     order = re.findall(r"\b([QH]GMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR)\b", sass)
     if dtype == FP8:

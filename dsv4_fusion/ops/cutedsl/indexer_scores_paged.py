@@ -64,7 +64,8 @@ class PagedScores:
         self.row = d if fp8 else d // 2  # bytes of a key
         per_q, per_k = self.columns * (d * size + 4), KEYS * (self.row + 4) + 24
         self.tiles_q = 2 if 2 * per_q <= 96 * 1024 else 1
-        self.stages = min(STAGES, (SHARED - 4096 - self.tiles_q * per_q) // per_k)
+        stages = min(STAGES, (SHARED - 4096 - self.tiles_q * per_q) // per_k)
+        self.stages = stages - stages % self.consumers  # one of them has the same ones always, and misses no phase
 
     @cute.jit
     def __call__(
@@ -161,7 +162,7 @@ class PagedScores:
         if group == 0:
             cute.arch.setmaxregister_decrease(40)
             if warp == 0:
-                self._bring(storage, tma_k, k, k_layout, cache, table, lengths, out, work)
+                self._bring(storage, tma_k, k, cache, table, lengths, out, work)
             elif warp == 3:
                 self._fill(lengths, out)
             else:
@@ -224,22 +225,19 @@ class PagedScores:
     # The warp that brings keys
 
     @cute.jit
-    def _bring(self, storage, tma_k, k, k_layout, cache, table, lengths, out, work):
+    def _bring(self, storage, tma_k, k, cache, table, lengths, out, work):
         sequence, tile, left = work
         stage, phase = Int32(0), Int32(1)
         few = WARP // self.pages  # stages whose pages the lanes of a warp know
         full, empty, found = (range_.data_ptr() for range_ in (storage.full, storage.empty, storage.found))
         while left > 0:
             last = cutlass.min(self._tiles(lengths, sequence, out.shape[2]), tile + left)
-            ahead = self._page(cache, table, sequence, tile)
+            ahead = self._load_page(table, sequence, tile)
             for begin in cutlass.range(tile, last, few):
-                pages = ahead
-                ahead = self._page(cache, table, sequence, begin + few)
+                pages = self._page(cache, table, ahead, begin)
+                ahead = self._load_page(table, sequence, begin + few)  # which nothing needs until then
                 for at in cutlass.range(begin, cutlass.min(begin + few, last)):
-                    several = [
-                        cute.arch.make_warp_uniform(cute.arch.shuffle_sync(pages, (at - begin) * self.pages + i))
-                        for i in range(self.pages)
-                    ]
+                    several = [cute.arch.shuffle_sync(pages, (at - begin) * self.pages + i) for i in range(self.pages)]
                     mask = Int32(0)
                     for i in cutlass.range_constexpr(self.pages):
                         mask += _select(several[i] >= 0, Int32(1 << i), Int32(0))
@@ -248,8 +246,11 @@ class PagedScores:
                         cute.make_tensor(found + stage, cute.make_layout(1))[0] = mask
                         size = cute.arch.popc(mask) * (self.rows * (self.row + 4))
                         cute.arch.mbarrier_arrive_and_expect_tx(full + stage, size)
-                    for i in cutlass.range_constexpr(self.pages):
-                        self._copy(storage, tma_k, k, k_layout, cache, several[i], at, stage, i)
+                        for i in cutlass.range_constexpr(self.pages):
+                            self._copy(storage, cache, several[i], at, stage, i)
+                    if cutlass.const_expr(self.fp8):
+                        for i in cutlass.range_constexpr(self.pages):
+                            self._copy_values(storage, tma_k, k, several[i], at, stage, i)
                     stage += 1
                     if stage == self.stages:
                         stage = Int32(0)
@@ -258,43 +259,49 @@ class PagedScores:
             sequence += 1
             tile = Int32(0)
 
-    @cute.jit
-    def _page(self, cache, table, sequence, tile):
-        """A lane's page, −1 for none: the first ones are those of the stage ``tile``, and so on."""
+    def _place(self, tile):
+        """Of a lane's page in the table: the first lanes' are those of the stage ``tile``, and so on."""
         lane = cute.arch.lane_idx()
-        place = (tile + lane // self.pages) * KEYS // self.page + lane % self.pages
-        page = Int64(-1)
-        if place < table.shape[1]:
-            page = Int64(table[sequence, place])
-        return Int32(_select64((page >= 0) & (page < Int64(cache.shape[0])), page, Int64(-1)))
+        return (tile + lane // self.pages) * KEYS // self.page + lane % self.pages
+
+    def _load_page(self, table, sequence, tile):
+        return table[sequence, cutlass.min(self._place(tile), table.shape[1] - 1)]
+
+    def _page(self, cache, table, number, tile) -> Int32:
+        """What was loaded, or −1 for no page of the cache."""
+        number = Int64(number)
+        known = (number >= 0) & (number < Int64(cache.shape[0])) & (self._place(tile) < table.shape[1])
+        return _select(known, Int32(number), Int32(-1))
 
     @cute.jit
-    def _copy(self, storage, tma_k, k, k_layout, cache, page, at, stage, i: cutlass.Constexpr):
+    def _copy(self, storage, cache, page, at, stage, i: cutlass.Constexpr):
+        """Scales, and values of MXFP4, by one thread."""
         if page >= 0:
             barrier = storage.full.data_ptr() + stage
-            row = at * KEYS % self.page  # of the page
+            row, to = at * KEYS % self.page, stage * KEYS + i * self.rows  # of the page, and of all stages
             source = cache.iterator + Int64(page) * cache.stride[0]
-            to = (stage * KEYS + i * self.rows) * self.row
-            if cutlass.const_expr(self.fp8):
-                layout = self._layout(Float8E4M3FN, self.rows, self.stages * self.pages)
-                s_k = storage.tile_k.get_tensor(layout.outer, swizzle=layout.inner)
-                own, theirs = cpasync.tma_partition(
-                    tma_k,
-                    0,
-                    cute.make_layout(1),
-                    cute.group_modes(s_k, 0, 2),
-                    cute.group_modes(cute.local_tile(k, (self.rows, self.d), (None, None, None)), 0, 2),
-                )
-                cute.copy(
-                    tma_k, theirs[(None, row // self.rows, 0, page)], own[(None, stage * self.pages + i)],
-                    tma_bar_ptr=barrier,
-                )  # fmt: skip
-            with cute.arch.elect_one():
-                if cutlass.const_expr(not self.fp8):
-                    size = self.rows * self.row
-                    ptx.bulk(storage.tile_k.data_ptr() + to, source + row * self.row, size, barrier)
-                scales = storage.scales.data_ptr() + (stage * KEYS + i * self.rows)
-                ptx.bulk(scales, source + (self.page * self.row + row * 4), self.rows * 4, barrier)
+            if cutlass.const_expr(not self.fp8):
+                values = storage.tile_k.data_ptr() + to * self.row
+                ptx.bulk(values, source + row * self.row, self.rows * self.row, barrier)
+            scales = source + (self.page * self.row + row * 4)
+            ptx.bulk(storage.scales.data_ptr() + to, scales, self.rows * 4, barrier)
+
+    @cute.jit
+    def _copy_values(self, storage, tma_k, k, page, at, stage, i: cutlass.Constexpr):
+        """Values of FP8, by a warp."""
+        if page >= 0:
+            layout = self._layout(Float8E4M3FN, self.rows, self.stages * self.pages)
+            s_k = storage.tile_k.get_tensor(layout.outer, swizzle=layout.inner)
+            tiles = cute.local_tile(k, (self.rows, self.d), (None, None, None))
+            own, theirs = cpasync.tma_partition(
+                tma_k, 0, cute.make_layout(1), cute.group_modes(s_k, 0, 2), cute.group_modes(tiles, 0, 2)
+            )
+            cute.copy(
+                tma_k,
+                theirs[(None, at * KEYS % self.page // self.rows, 0, page)],
+                own[(None, stage * self.pages + i)],
+                tma_bar_ptr=storage.full.data_ptr() + stage,
+            )
 
     # The warps that lay out queries
 
@@ -542,10 +549,6 @@ class PagedScores:
 
 def _select(condition, yes: Int32, no: Int32) -> Int32:
     return Int32(cutlass.select_(condition, yes, no))
-
-
-def _select64(condition, yes: Int64, no: Int64) -> Int64:
-    return Int64(cutlass.select_(condition, yes, no))
 
 
 def _power(scales: Uint32, byte) -> Uint32:
