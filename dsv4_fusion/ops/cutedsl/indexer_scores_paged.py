@@ -26,7 +26,8 @@ from torch import Tensor
 
 from .._library import compiling, layout, new, number
 from . import launch, ptx
-from .indexer_scores import GROUP, LINE, MINUS_INFINITY, SHARED, _choose, _processors, _relu, _rows, _within
+from .indexer_scores import GROUP, LINE, MINUS_INFINITY, SHARED, _choose, _processors, _rows, _within
+from .indexer_scores_mxfp4 import expand, power
 
 KEYS = 64  # of a stage: a page, some neighbours, or a part of one; one warpgroup takes them
 COLUMNS = 128  # of a product, at most: the heads of some queries of a sequence
@@ -347,10 +348,10 @@ class PagedScores:
             return
         words = self.d // 32  # of a thread
         packed = ptx.load(source + part * (4 * words), words)
-        factor = _power(Uint32(q_scale[row]), part * words // 4)
+        factor = power(Uint32(q_scale[row]), part * words // 4)
         place = (slot * self.passes + column // self.width) * self.lines * self.width + column % self.width
         for word in range(words):
-            for j, pair in enumerate(_expand(packed[word], factor)):
+            for j, pair in enumerate(expand(packed[word], factor)):
                 turned = (word % 2 * 4 + j) ^ (column % 8)
                 at = (place + word // 2 * self.width) * LINE + turned * 16 + part * 4
                 ptx.store_shared(to + at, [pair])
@@ -486,11 +487,11 @@ class PagedScores:
         tiled_mma = self._mma()
         pairs = cute.recast_tensor(a, Uint32)
         per = len(words[0])
-        factors = [_power(scale, lane % 4 * per // 4) for scale in scales]
+        factors = [power(scale, lane % 4 * per // 4) for scale in scales]
         for word in range(per):
             if first:
                 for row in range(2):
-                    for j, pair in enumerate(_expand(words[row][word], factors[row])):
+                    for j, pair in enumerate(expand(words[row][word], factors[row])):
                         pairs[word * 8 + j * 2 + row] = pair
             warpgroup.fence()
             for step in range(2):
@@ -515,7 +516,8 @@ class PagedScores:
                 for i in range(per):
                     at = query * per + i
                     found = [product[at // 2 * 4 + row * 2 + at % 2] for product in products]
-                    total = ptx.fma(_relu(functools.reduce(ptx.add, found)), weight[at], total)
+                    value = ptx.maximum_nan(functools.reduce(ptx.add, found), Float32(0.0))
+                    total = ptx.fma(value, weight[at], total)
                 sums.append(total)
         for bit in range(2):
             if len(sums) % 2:
@@ -549,28 +551,6 @@ class PagedScores:
 
 def _select(condition, yes: Int32, no: Int32) -> Int32:
     return Int32(cutlass.select_(condition, yes, no))
-
-
-def _power(scales: Uint32, byte) -> Uint32:
-    """The pair of 2^(e − 127) for a byte e of four; NaN for 255."""
-    e = (scales >> (Uint32(byte) * Uint32(8))) & Uint32(255)
-    half = ptx.select(e == Uint32(0), Uint32(0x40), e << Uint32(7))  # 2^-127 is subnormal
-    half = ptx.select(e == Uint32(255), Uint32(0x7FC0), half)
-    return half * Uint32(0x10001)
-
-
-def _expand(codes: Uint32, factor: Uint32) -> list[Uint32]:
-    """Eight codes times a power of two, as bf16 pairs of numbers 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-
-    A product with 2^12 + 2^6 puts a code's sign and its other bits where they are in a bf16, which is then 2^-126 of
-    the code, subnormal where the code is.
-    """
-    pairs = []
-    for half in (codes, codes >> Uint32(8)):
-        for mask, factors in ((0x000F000F, 0x1040), (0x00F000F0, 0x104)):
-            spread = ptx.multiply_add(half & Uint32(mask), factors, 0)
-            pairs.append(ptx.pair_mul(ptx.pair_mul(spread & Uint32(0x81C081C0), 0x7E80), factor))
-    return pairs
 
 
 def build(
