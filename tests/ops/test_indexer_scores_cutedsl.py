@@ -32,6 +32,8 @@ VARIANTS = [
     (128, 128, BF16, "range", (INT32, INT64), BF16),
     (32, 64, FP8, "range", (None, INT32), FP32),
     (128, 64, FP8, "all", (None, None), BF16),
+    (64, 128, MXFP4, "causal", (None, INT64), FP32),
+    (32, 64, MXFP4, "all", (None, None), FP32),
 ]
 
 
@@ -62,7 +64,7 @@ def test_compiles_for_sm90(variant, tmp_path):
     """The other warpgroup's turn comes before the last product is done, and relu and weight are two instructions."""
     _, d, dtype, *_ = variant
     sass = disassembled(indexer_scores, variant, tmp_path)
-    steps = d * dtype.itemsize // 32
+    steps = d // (32 if dtype == FP8 else 16)
     copies = len(re.findall(r"\b[QH]GMMA\b", sass)) // steps  # of a stage's code
     order = re.findall(r"\b([QH]GMMA|WARPGROUP\.DEPBAR|BAR\.ARV)\b", sass)
     product = "QGMMA" if dtype == FP8 else "HGMMA"
