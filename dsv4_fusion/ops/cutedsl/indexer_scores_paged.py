@@ -37,6 +37,7 @@ NARROW = 64  # columns
 TOGETHER = 64  # dims of FP8 that the tensor core adds; these sums, which it cuts to 14 bits, are added in fp32
 CHUNK = 2048  # keys of which a block looks for those that no query sees
 LAYING = 64  # threads that lay out queries
+AT_ONCE = 4  # pieces of these whose loads are under way; half as many of MXFP4, which takes more registers
 WARP = 32
 
 
@@ -161,7 +162,7 @@ class PagedScores:
         cute.arch.sync_threads()
         work = self._part(lengths, out)
         if group == 0:
-            cute.arch.setmaxregister_decrease(40)
+            cute.arch.setmaxregister_decrease(56)
             if warp == 0:
                 self._bring(storage, tma_k, k, cache, table, lengths, out, work)
             elif warp == 3:
@@ -169,7 +170,7 @@ class PagedScores:
             else:
                 self._lay_out(storage, q, q_scale, weights, lengths, out, work, thread - WARP)
         else:
-            cute.arch.setmaxregister_increase(152 if self.consumers == 3 else 232)
+            cute.arch.setmaxregister_increase(152 if self.consumers == 3 else 224)
             self._score(storage, q_layout, k_layout, lengths, out, work, group - 1, thread % GROUP)
 
     # What there is to do
@@ -314,16 +315,15 @@ class PagedScores:
             last = cutlass.min(self._tiles(lengths, sequence, out.shape[2]), tile + left)
             if last > tile:
                 cute.arch.mbarrier_wait(storage.q_empty.data_ptr() + slot, phase)
-                for i in cutlass.range_constexpr((self.columns + LAYING - 1) // LAYING):
-                    column = i * LAYING + thread
-                    if column < self.columns:
-                        kept = cute.make_tensor(
-                            storage.weights.data_ptr() + (slot * self.columns + column), cute.make_layout(1)
-                        )
-                        kept[0] = weights[Int64(sequence) * self.columns + column]
+                count = (self.columns + LAYING - 1) // LAYING
+                columns = [cutlass.min(i * LAYING + thread, self.columns - 1) for i in range(count)]
+                kept = [weights[Int64(sequence) * self.columns + column] for column in columns]
                 pieces = self.columns * (self.d // 16 if cutlass.const_expr(self.fp8) else 4) // LAYING
-                for i in cutlass.range(0, pieces, unroll=2):
+                for i in cutlass.range(0, pieces, unroll=AT_ONCE if self.fp8 else AT_ONCE // 2):
                     self._lay(storage, q, q_scale, sequence, slot, i * LAYING + thread)
+                for i in cutlass.range_constexpr(count):
+                    to = storage.weights.data_ptr() + (slot * self.columns + columns[i])
+                    ptx.store_shared(to, [ptx.bits(kept[i])])
                 cute.arch.fence_view_async_shared()
                 cute.arch.mbarrier_arrive(storage.q_full.data_ptr() + slot)
                 slot += 1
