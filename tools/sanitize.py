@@ -82,9 +82,11 @@ def indexer_scores() -> None:
             tensors, _ = scores.paged(format, 3, some, 64)
             given = on_gpu({**tensors, "block_table": tensors["block_table"] - 3})  # some outside the cache
             given["lengths"] += 100  # beyond the table
-            ops.indexer_scores_paged(**given)
+            ops.indexer_scores_paged(**given, implementation=implementation)
+            ops.indexer_topk_paged(**given, top_k=40, implementation=implementation)
+            ops.indexer_scores_paged(**given, max_length=131, dtype=torch.bfloat16, implementation=implementation)
             torch.cuda.synchronize()
-            print("indexer_scores_paged", format, some, flush=True)
+            print("indexer_scores_paged, indexer_topk_paged", format, some, flush=True)
 
 
 def compressor() -> None:

@@ -74,7 +74,7 @@ def paged(
     cache = torch.full((batch * pages + 2, ops.indexer_cache_bytes(PAGE, format, d) + 16), 0xA5, dtype=torch.uint8)
     table = torch.randperm(batch * pages + 2, generator=generator)[: batch * pages].view(batch, pages)
     slots = (table.unsqueeze(-1) * PAGE + torch.arange(PAGE)).flatten()
-    getattr(ops, f"indexer_k_store_{format}")(k.flatten(0, 1), cache, slots)
+    getattr(ops, f"indexer_k_store_{format}")(k.flatten(0, 1), cache, slots, page_size=PAGE)
     lengths = torch.randint(queries, pages * PAGE + 1, (batch,), generator=generator)
     lengths[0] = pages * PAGE
     table = torch.where(torch.arange(pages) * PAGE < lengths.unsqueeze(1), table, 1 << 30)

@@ -24,13 +24,16 @@ from torch import Tensor
 
 from .._library import compiling, layout, new, number
 from . import launch, ptx
+from .indexer_scores_mxfp4 import expand, in_order, power
 
 COLUMNS = 256  # heads of a block's queries, all together
 KEYS = 128  # of a stage, 64 for each of two warpgroups
 CHUNK = 2048  # keys of a piece of work
-TURNS = 1  # the first of two named barriers
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
+TURNS = 1  # the first of two named barriers
+LAYING = 96  # threads that lay out MXFP4 queries
+AT_ONCE = 3  # blocks of these, whose loads are under way
 SLOTS = 4  # of limits: two stages of queries, one that is being written, and one to spare
 LINE = 128  # bytes of a row that lie together in shared memory
 SHARED = 227 * 1024
@@ -45,10 +48,11 @@ class Scores:
         d: 64 or 128.
         fp8: e4m3 queries and keys, the latter with a scale; bf16 otherwise.
         limits: "all", "range" (starts and ends) or "causal" (positions).
+        packed: MXFP4 queries, which warps expand to bf16 on their way; keys are bf16 then, expanded before.
     """
 
-    def __init__(self, heads: int, d: int, fp8: bool, limits: str) -> None:
-        self.heads, self.d, self.fp8, self.limits = heads, d, fp8, limits
+    def __init__(self, heads: int, d: int, fp8: bool, limits: str, packed: bool = False) -> None:
+        self.heads, self.d, self.fp8, self.limits, self.packed = heads, d, fp8, limits, packed
         self.queries = COLUMNS // heads
         self.parts = 2 if fp8 or heads == 32 else 1  # products of a warpgroup
         self.columns = COLUMNS // self.parts
@@ -69,6 +73,7 @@ class Scores:
         q: cute.Tensor,
         k: cute.Tensor,
         weights: cute.Tensor,
+        q_scale: cute.Tensor | None,
         k_scale: cute.Tensor | None,
         start: cute.Tensor | None,
         end: cute.Tensor | None,
@@ -77,15 +82,19 @@ class Scores:
         processors: Int32,
         stream: cuda.CUstream,
     ):
-        dtype = q.element_type
+        dtype = k.element_type
         q_layout, k_layout = self._layout(dtype, COLUMNS, self.tiles_q), self._layout(dtype, KEYS, self.stages)
         w_layout = cute.make_layout((COLUMNS, 1, self.tiles_q), stride=(1, COLUMNS, COLUMNS))
         load = cpasync.CopyBulkTensorTileG2SOp()
-        tma_q, q_tma = cpasync.make_tiled_tma_atom(
-            load, q, cute.slice_(q_layout, (None, None, 0)), (COLUMNS, self.line)
-        )
+        tma_q, q_tma, tma_w, w_tma = None, q, None, weights
+        if cutlass.const_expr(not self.packed):
+            tma_q, q_tma = cpasync.make_tiled_tma_atom(
+                load, q, cute.slice_(q_layout, (None, None, 0)), (COLUMNS, self.line)
+            )
+            tma_w, w_tma = cpasync.make_tiled_tma_atom(
+                load, weights, cute.slice_(w_layout, (None, None, 0)), (COLUMNS, 1)
+            )
         tma_k, k_tma = cpasync.make_tiled_tma_atom(load, k, cute.slice_(k_layout, (None, None, 0)), (KEYS, self.line))
-        tma_w, w_tma = cpasync.make_tiled_tma_atom(load, weights, cute.slice_(w_layout, (None, None, 0)), (COLUMNS, 1))
 
         @cute.struct
         class Shared:
@@ -100,7 +109,7 @@ class Scores:
         groups = (out.shape[0] + self.queries - 1) // self.queries
         chunks = (out.shape[1] + CHUNK - 1) // CHUNK
         self.kernel(
-            tma_q, q_tma, tma_k, k_tma, tma_w, w_tma, k_scale, start, end, out,
+            tma_q, q_tma, tma_k, k_tma, tma_w, w_tma, q_scale, k_scale, start, end, out,
             q_layout, k_layout, w_layout, groups, chunks, ratio,
         ).launch(
             grid=[cutlass.min(groups * chunks, processors), 1, 1],
@@ -121,12 +130,13 @@ class Scores:
     @cute.kernel
     def kernel(
         self,
-        tma_q: cute.CopyAtom,
+        tma_q: cute.CopyAtom | None,
         q: cute.Tensor,
         tma_k: cute.CopyAtom,
         k: cute.Tensor,
-        tma_w: cute.CopyAtom,
+        tma_w: cute.CopyAtom | None,
         weights: cute.Tensor,
+        q_scale: cute.Tensor | None,
         k_scale: cute.Tensor | None,
         start: cute.Tensor | None,
         end: cute.Tensor | None,
@@ -144,37 +154,24 @@ class Scores:
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         group = cute.arch.make_warp_uniform(thread // GROUP)
         if warp_index == 0:
-            cpasync.prefetch_descriptor(tma_q)
             cpasync.prefetch_descriptor(tma_k)
-            cpasync.prefetch_descriptor(tma_w)
+            if cutlass.const_expr(not self.packed):
+                cpasync.prefetch_descriptor(tma_q)
+                cpasync.prefetch_descriptor(tma_w)
 
         storage = SmemAllocator().allocate(self.shared)
-        made = []
-        for barriers, count, size in (
-            (storage.barriers_q, self.tiles_q, self.q_bytes),
-            (storage.barriers_k, self.stages, self.k_bytes),
-        ):
-            made.append(
-                pipeline.PipelineTmaAsync.create(
-                    barrier_storage=barriers.data_ptr(),
-                    num_stages=count,
-                    producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-                    consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, CONSUMERS * 4),
-                    tx_count=size,
-                    cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
-                    defer_sync=True,
-                )
-            )
-        q_stages, k_stages = made
+        q_stages = self._pipeline(storage.barriers_q, self.tiles_q, self.q_bytes, self.packed)
+        k_stages = self._pipeline(storage.barriers_k, self.stages, self.k_bytes, False)
         pipeline.pipeline_init_arrive(cluster_shape_mn=(1, 1), is_relaxed=True)
         s_q = storage.tile_q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         s_k = storage.tile_k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
         s_w = storage.tile_w.get_tensor(w_layout)
         limits = storage.limits.get_tensor(cute.make_layout(SLOTS * self.slot))
         one = cute.make_layout(1)
-        to_q, from_q = self._partition(tma_q, s_q, cute.local_tile(q, (COLUMNS, self.line), (None, None)), one)
+        if cutlass.const_expr(not self.packed):
+            to_q, from_q = self._partition(tma_q, s_q, cute.local_tile(q, (COLUMNS, self.line), (None, None)), one)
+            to_w, from_w = self._partition(tma_w, s_w, cute.local_tile(weights, (COLUMNS, 1), (None, None)), one)
         to_k, from_k = self._partition(tma_k, s_k, cute.local_tile(k, (KEYS, self.line), (None, None)), one)
-        to_w, from_w = self._partition(tma_w, s_w, cute.local_tile(weights, (COLUMNS, 1), (None, None)), one)
         pipeline.pipeline_init_wait(cluster_shape_mn=(1, 1))
 
         length, pieces = out.shape[1], groups * chunks
@@ -189,13 +186,16 @@ class Scores:
                     few, chunk = piece // chunks, piece % chunks
                     first, last = self._seen(start, end, out.shape[0], length, few, chunk, ratio, limits, turn)
                     q_stages.producer_acquire(q_state)
-                    barrier = q_stages.producer_get_barrier(q_state)
-                    for line in cutlass.range_constexpr(self.lines):
-                        cute.copy(
-                            tma_q, from_q[(None, few, line)], to_q[(None, q_state.index * self.lines + line)],
-                            tma_bar_ptr=barrier,
-                        )  # fmt: skip
-                    cute.copy(tma_w, from_w[(None, few, 0)], to_w[(None, q_state.index)], tma_bar_ptr=barrier)
+                    if cutlass.const_expr(self.packed):  # this warp has left the limits
+                        q_stages.producer_commit(q_state)
+                    else:
+                        full = q_stages.producer_get_barrier(q_state)
+                        for line in cutlass.range_constexpr(self.lines):
+                            cute.copy(
+                                tma_q, from_q[(None, few, line)], to_q[(None, q_state.index * self.lines + line)],
+                                tma_bar_ptr=full,
+                            )  # fmt: skip
+                        cute.copy(tma_w, from_w[(None, few, 0)], to_w[(None, q_state.index)], tma_bar_ptr=full)
                     q_state.advance()
                     for tile in cutlass.range(first, last):
                         k_stages.producer_acquire(k_state)
@@ -208,6 +208,15 @@ class Scores:
                         k_state.advance()
                 q_stages.producer_tail(q_state)
                 k_stages.producer_tail(k_state)
+            elif cutlass.const_expr(self.packed):
+                q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
+                for turn in cutlass.range(0, rounds):
+                    few = _piece(turn, pieces, block, blocks) // chunks
+                    q_stages.producer_acquire(q_state)
+                    self._lay_out(storage, q, q_scale, weights, s_w, few, q_state.index, thread - 32)
+                    cute.arch.fence_view_async_shared()
+                    q_stages.producer_commit(q_state)
+                    q_state.advance()
         else:
             cute.arch.setmaxregister_increase(232)
             consumer, thread = group - 1, thread % GROUP
@@ -225,7 +234,7 @@ class Scores:
             k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
             ahead = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
 
-            if cutlass.const_expr(self.parts == 1):
+            if cutlass.const_expr(self.parts == 1):  # noqa: SIM102 (one is known when compiling)
                 if consumer == 1:
                     self._hand_over(consumer)
             for turn in cutlass.range(0, rounds):
@@ -302,13 +311,54 @@ class Scores:
                 for tile in cutlass.range(last, highest):
                     for part in cutlass.range_constexpr(self.parts):
                         self._store(where, None, None, part, tile * KEYS + mine)
-            if cutlass.const_expr(self.parts == 1):
+            if cutlass.const_expr(self.parts == 1):  # noqa: SIM102
                 if consumer == 0:  # the other's last
                     cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=CONSUMERS * GROUP)
 
     def _hand_over(self, consumer) -> None:
         """To the other warpgroup, whose turn it is to multiply."""
         cute.arch.barrier_arrive(barrier_id=TURNS + 1 - consumer, number_of_threads=CONSUMERS * GROUP)
+
+    def _pipeline(self, barriers, count: int, size: int, threads: bool):
+        """Filled by TMA, or by the threads of a warpgroup."""
+        create, consumers, options = pipeline.PipelineTmaAsync.create, CONSUMERS * 4, {}
+        if threads:
+            create, producers, consumers = pipeline.PipelineAsync.create, GROUP, CONSUMERS * GROUP
+        else:
+            producers = 1
+            options = {"tx_count": size, "cta_layout_vmnk": cute.make_layout((1, 1, 1, 1))}
+        return create(
+            barrier_storage=barriers.data_ptr(),
+            num_stages=count,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, producers),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumers),
+            defer_sync=True,
+            **options,
+        )
+
+    @cute.jit
+    def _lay_out(self, storage, q, q_scale, weights, s_w, few, tile, thread):
+        """MXFP4 queries as bf16, where the product expects them, and their weights; a thread has blocks of 32 dims."""
+        blocks = self.d // 32
+        last = q.shape[0] - 1  # what is behind it is of no query
+        for i in cutlass.range_constexpr((COLUMNS + LAYING - 1) // LAYING):
+            column = i * LAYING + thread
+            if column < COLUMNS:
+                s_w[column, 0, tile] = weights[cutlass.min(few * COLUMNS + column, last), 0]
+        for i in cutlass.range(0, (COLUMNS * blocks + LAYING - 1) // LAYING, unroll=AT_ONCE):
+            part = i * LAYING + thread
+            if part < COLUMNS * blocks:
+                column, block = part // blocks, part % blocks
+                row = cutlass.min(few * COLUMNS + column, last)
+                packed = ptx.load(q.iterator + (Int64(row) * q.stride[0] + block * 16), 4)
+                factor = power(Uint32(q_scale[row]), block)
+                for word in cutlass.range_constexpr(4):
+                    piece = block * 4 + word  # 16 bytes of the row
+                    line = (tile * self.lines + piece // 8) * COLUMNS + column
+                    to = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
+                    ptx.store_shared(
+                        to + (line * LINE + (piece % 8 ^ column % 8) * 16), in_order(expand(packed[word], factor))
+                    )
 
     def _partition(self, atom, shared, source, layout):
         return cpasync.tma_partition(atom, 0, layout, cute.group_modes(shared, 0, 2), cute.group_modes(source, 0, 2))
@@ -500,18 +550,20 @@ def build(
 
     Args:
         heads, d, limits: as there.
-        dtype: of queries and keys, bf16 or e4m3fn.
+        dtype: of queries and keys, bf16 or e4m3fn; uint8 for MXFP4 queries, with keys in bf16.
         indices: dtypes of starts and ends, None where there are none; of positions, in place of ends, if causal.
         result: of the scores.
         arch, options: for the compiler.
     """
     rows, keys, queries = launch.symbol(), launch.symbol(), launch.symbol()
-    fp8 = dtype == torch.float8_e4m3fn
+    fp8, packed = dtype == torch.float8_e4m3fn, dtype == torch.uint8
+    of_keys = torch.bfloat16 if packed else dtype
     return launch.compiled(
-        Scores(heads, d, fp8, limits),
-        launch.tensor(dtype, rows, d, row=16 // dtype.itemsize, align=16),
-        launch.tensor(dtype, keys, d, row=16 // dtype.itemsize, align=16),
+        Scores(heads, d, fp8, limits, packed),
+        launch.tensor(dtype, rows, d // 2 if packed else d, row=16 // dtype.itemsize, align=16),
+        launch.tensor(of_keys, keys, d, row=16 // of_keys.itemsize, align=16),
         launch.upright(torch.float32, rows, 1),
+        launch.strided(torch.int32, rows) if packed else None,
         launch.strided(torch.float32, keys) if fp8 else None,
         *[None if index is None else launch.strided(index, queries) for index in indices],
         launch.tensor(result, queries, keys),
@@ -529,11 +581,11 @@ def _begin(*key):
 
 def _key(q, q_scale, start, end, positions, result: torch.dtype | None) -> tuple:
     """What a kernel is compiled for."""
-    dtype, d = (q.dtype, q.shape[-1]) if q_scale is None else (torch.bfloat16, 2 * q.shape[-1])
+    d = q.shape[-1] * (1 if q_scale is None else 2)
     ends = end if positions is None else positions
     limits = "causal" if positions is not None else "all" if start is None and end is None else "range"
     indices = tuple(None if limit is None else limit.dtype for limit in (start, ends))
-    return q.shape[-2], d, dtype, limits, indices, result or torch.float32
+    return q.shape[-2], d, q.dtype, limits, indices, result or torch.float32
 
 
 @functools.cache
@@ -568,12 +620,12 @@ def scores_into(out, q, k, weights, q_scale, k_scale, start, end, causal, ratio)
     if q_scale is not None:
         from ..triton.indexer_scores import expanded
 
-        q, k, k_scale = expanded(q, q_scale), expanded(k, k_scale), None
+        k, k_scale = expanded(k, k_scale), None  # once, where blocks would do it for every few queries
     for b in range(q.shape[0]):
         own = [None if limit is None else limit[b if limit.shape[0] == q.shape[0] else 0] for limit in (start, end)]
         tensors = [make(tensor[b])(tensor[b]) for make, tensor in ((_rows, q), (_rows, k), (_column, weights))]
-        scale = None if k_scale is None else k_scale[b]
-        kernel(*tensors, scale, *own, out[b][:, : k.shape[1]], ratio, processors)
+        scales = [None if scale is None else scale[b].reshape(-1) for scale in (q_scale, k_scale)]
+        kernel(*tensors, *scales, *own, out[b][:, : k.shape[1]], ratio, processors)
 
 
 class Ragged:
@@ -614,7 +666,7 @@ class Ragged:
         def launch(q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None) -> Tensor:
             out = new(result, device)
             ends = positions if causal else end
-            kernel(q_rows(q), k_rows(k), column(weights), k_scale, start, ends, out, ratio, processors)
+            kernel(q_rows(q), k_rows(k), column(weights), None, k_scale, start, ends, out, ratio, processors)
             return out
 
         return launch

@@ -6,7 +6,7 @@ A *word* is a Uint32; two bf16 values in a word are called a pair, the one with 
 from __future__ import annotations
 
 import cutlass
-from cutlass import Float32, Int64, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.cute.arch import inline_ptx
 
 
@@ -191,3 +191,28 @@ def pair_fma(a: Uint32, b: Uint32 | int, c: Uint32) -> Uint32:
 def permute(a: Uint32, b: Uint32, selector: int) -> Uint32:
     """Bytes of ``b:a`` by the nibbles of ``selector``; bit 3 of a nibble repeats the sign of the byte instead."""
     return _word(f"prmt.b32 {{$w0}}, {{$r0}}, {{$r1}}, 0x{selector:04x};", a, b)
+
+
+# Shared memory
+
+
+def load_shared(pointer, words: int) -> list[Uint32]:
+    """``words`` (1, 2 or 4) words in one instruction, at an address aligned to them."""
+    return load(pointer, words, "ld.shared")
+
+
+def store_shared(pointer, words: list[Uint32]) -> None:
+    """1, 2 or 4 words in one instruction."""
+    if len(words) == 1:
+        inline_ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[pointer, *words])
+        return
+    registers = ", ".join(f"{{$r{i + 1}}}" for i in range(len(words)))
+    inline_ptx(f"st.shared.v{len(words)}.b32 [{{$r0}}], {{{registers}}};", read_only_args=[pointer, *words])
+
+
+def bulk(to, source, size: int, barrier) -> None:
+    """A copy of ``size`` bytes from global to shared memory by one thread, all at multiples of 16 bytes."""
+    inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[to, source, Int32(size), barrier],
+    )
