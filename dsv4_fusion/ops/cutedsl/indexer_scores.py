@@ -32,8 +32,8 @@ CHUNK = 2048  # keys of a piece of work
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
 TURNS = 1  # the first of two named barriers
-LAYING = 96  # threads that lay out MXFP4 queries
-AT_ONCE = 3  # blocks of these, whose loads are under way
+LAYING = 64  # threads that lay out MXFP4 queries
+AT_ONCE = 4  # blocks of these that a thread loads together
 SLOTS = 4  # of limits: two stages of queries, one that is being written, and one to spare
 LINE = 128  # bytes of a row that lie together in shared memory
 SHARED = 227 * 1024
@@ -177,7 +177,7 @@ class Scores:
         length, pieces = out.shape[1], groups * chunks
         rounds = _rounds(pieces, block, blocks)
         if group == 0:
-            cute.arch.setmaxregister_decrease(40)
+            cute.arch.setmaxregister_decrease(56)
             if warp_index == 0:
                 q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                 k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
@@ -209,16 +209,17 @@ class Scores:
                 q_stages.producer_tail(q_state)
                 k_stages.producer_tail(k_state)
             elif cutlass.const_expr(self.packed):
-                q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
-                for turn in cutlass.range(0, rounds):
-                    few = _piece(turn, pieces, block, blocks) // chunks
-                    q_stages.producer_acquire(q_state)
-                    self._lay_out(storage, q, q_scale, weights, s_w, few, q_state.index, thread - 32)
-                    cute.arch.fence_view_async_shared()
-                    q_stages.producer_commit(q_state)
-                    q_state.advance()
+                if warp_index <= LAYING // 32:
+                    q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
+                    for turn in cutlass.range(0, rounds):
+                        few = _piece(turn, pieces, block, blocks) // chunks
+                        q_stages.producer_acquire(q_state)
+                        self._lay_out(storage, q, q_scale, weights, s_w, few, q_state.index, thread - 32)
+                        cute.arch.fence_view_async_shared()
+                        q_stages.producer_commit(q_state)
+                        q_state.advance()
         else:
-            cute.arch.setmaxregister_increase(232)
+            cute.arch.setmaxregister_increase(224)
             consumer, thread = group - 1, thread % GROUP
             lane = thread % 32
             mine = consumer * 64 + (thread // 32) * 16 + lane // 4  # this thread's first key in a stage
@@ -323,7 +324,7 @@ class Scores:
         """Filled by TMA, or by the threads of a warpgroup."""
         create, consumers, options = pipeline.PipelineTmaAsync.create, CONSUMERS * 4, {}
         if threads:
-            create, producers, consumers = pipeline.PipelineAsync.create, GROUP, CONSUMERS * GROUP
+            create, producers, consumers = pipeline.PipelineAsync.create, 32 + LAYING, CONSUMERS * GROUP
         else:
             producers = 1
             options = {"tx_count": size, "cta_layout_vmnk": cute.make_layout((1, 1, 1, 1))}
@@ -339,26 +340,29 @@ class Scores:
     @cute.jit
     def _lay_out(self, storage, q, q_scale, weights, s_w, few, tile, thread):
         """MXFP4 queries as bf16, where the product expects them, and their weights; a thread has blocks of 32 dims."""
-        blocks = self.d // 32
-        last = q.shape[0] - 1  # what is behind it is of no query
-        for i in cutlass.range_constexpr((COLUMNS + LAYING - 1) // LAYING):
+        blocks, last = self.d // 32, q.shape[0] - 1  # what is behind it is of no query
+        shared = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
+        for i in cutlass.range_constexpr(COLUMNS // LAYING):
             column = i * LAYING + thread
-            if column < COLUMNS:
-                s_w[column, 0, tile] = weights[cutlass.min(few * COLUMNS + column, last), 0]
-        for i in cutlass.range(0, (COLUMNS * blocks + LAYING - 1) // LAYING, unroll=AT_ONCE):
-            part = i * LAYING + thread
-            if part < COLUMNS * blocks:
-                column, block = part // blocks, part % blocks
-                row = cutlass.min(few * COLUMNS + column, last)
-                packed = ptx.load(q.iterator + (Int64(row) * q.stride[0] + block * 16), 4)
-                factor = power(Uint32(q_scale[row]), block)
+            s_w[column, 0, tile] = weights[cutlass.min(few * COLUMNS + column, last), 0]
+        rows = LAYING // blocks  # that all threads have together
+        column, block = thread // blocks, thread % blocks
+        to = []  # where the four pieces of 16 bytes go, of the first row
+        for word in cutlass.range_constexpr(4):
+            piece = block * 4 + word
+            line = (tile * self.lines + piece // 8) * COLUMNS + column
+            to.append(shared + (line * LINE + (piece % 8 ^ column % 8) * 16))
+        for i in cutlass.range(0, COLUMNS // (rows * AT_ONCE), unroll=1):
+            loaded = []
+            for j in cutlass.range_constexpr(AT_ONCE):
+                row = Int64(cutlass.min(few * COLUMNS + (i * AT_ONCE + j) * rows + column, last))
+                packed = ptx.load(q.iterator + (row * q.stride[0] + block * 16), 4, ptx.STREAMED)
+                (scales,) = ptx.load(q_scale.iterator + row * q_scale.stride[0], 1, ptx.STREAMED)
+                loaded.append((packed, scales))
+            for j, (packed, scales) in enumerate(loaded):
+                factor, behind = power(scales, block), (i * AT_ONCE + j) * (rows * LINE)
                 for word in cutlass.range_constexpr(4):
-                    piece = block * 4 + word  # 16 bytes of the row
-                    line = (tile * self.lines + piece // 8) * COLUMNS + column
-                    to = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
-                    ptx.store_shared(
-                        to + (line * LINE + (piece % 8 ^ column % 8) * 16), in_order(expand(packed[word], factor))
-                    )
+                    ptx.store_shared(to[word] + behind, in_order(expand(packed[word], factor)))
 
     def _partition(self, atom, shared, source, layout):
         return cpasync.tma_partition(atom, 0, layout, cute.group_modes(shared, 0, 2), cute.group_modes(source, 0, 2))
