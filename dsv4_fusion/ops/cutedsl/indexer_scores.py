@@ -32,7 +32,7 @@ GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
 TURNS = 1  # the first of two named barriers
 LAYING = 96  # threads that lay out MXFP4 queries
-AT_ONCE = 3  # blocks of these, whose loads are under way
+AT_ONCE = 2  # blocks of these, whose loads are under way
 SLOTS = 4  # of limits: two stages of queries, one that is being written, and one to spare
 LINE = 128  # bytes of a row that lie together in shared memory
 SHARED = 227 * 1024
@@ -287,26 +287,26 @@ class Scores:
     @cute.jit
     def _lay_out(self, storage, q, q_scale, weights, s_w, few, tile, thread):
         """MXFP4 queries as bf16, where the product expects them, and their weights; a thread has blocks of 32 dims."""
-        blocks = self.d // 32
-        last = q.shape[0] - 1  # what is behind it is of no query
-        for i in cutlass.range_constexpr((COLUMNS + LAYING - 1) // LAYING):
-            column = i * LAYING + thread
-            if column < COLUMNS:
-                s_w[column, 0, tile] = weights[cutlass.min(few * COLUMNS + column, last), 0]
-        for i in cutlass.range(0, (COLUMNS * blocks + LAYING - 1) // LAYING, unroll=AT_ONCE):
-            part = i * LAYING + thread
-            if part < COLUMNS * blocks:
-                column, block = part // blocks, part % blocks
-                row = cutlass.min(few * COLUMNS + column, last)
-                packed = ptx.load(q.iterator + (Int64(row) * q.stride[0] + block * 16), 4)
-                factor = power(Uint32(q_scale[row]), block)
+        blocks, last = self.d // 32, q.shape[0] - 1  # what is behind the last row is of no query
+        # More columns and blocks than there are: several threads then do the last one
+        columns = [cutlass.min(i * LAYING + thread, COLUMNS - 1) for i in range((COLUMNS + LAYING - 1) // LAYING)]
+        kept = [weights[cutlass.min(few * COLUMNS + column, last), 0] for column in columns]
+        to = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
+        for i in cutlass.range(0, COLUMNS * blocks, LAYING * AT_ONCE, unroll=1):
+            parts = [cutlass.min(i + j * LAYING + thread, COLUMNS * blocks - 1) for j in range(AT_ONCE)]
+            rows = [cutlass.min(few * COLUMNS + part // blocks, last) for part in parts]
+            sources = [Int64(row) * q.stride[0] + part % blocks * 16 for row, part in zip(rows, parts, strict=True)]
+            packed = [ptx.load(q.iterator + source, 4, ptx.STREAMED) for source in sources]
+            scales = [ptx.load(q_scale.iterator + Int64(row) * q_scale.stride[0], 1, ptx.STREAMED)[0] for row in rows]
+            for j in cutlass.range_constexpr(AT_ONCE):
+                column, block = parts[j] // blocks, parts[j] % blocks
+                factor = power(scales[j], block)
                 for word in cutlass.range_constexpr(4):
                     piece = block * 4 + word  # 16 bytes of the row
-                    line = (tile * self.lines + piece // 8) * COLUMNS + column
-                    to = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
-                    ptx.store_shared(
-                        to + (line * LINE + (piece % 8 ^ column % 8) * 16), in_order(expand(packed[word], factor))
-                    )
+                    at = ((tile * self.lines + piece // 8) * COLUMNS + column) * LINE + (piece % 8 ^ column % 8) * 16
+                    ptx.store_shared(to + at, in_order(expand(packed[j][word], factor)))
+        for i in cutlass.range_constexpr(len(columns)):
+            s_w[columns[i], 0, tile] = kept[i]
 
     def _partition(self, atom, shared, source, layout):
         return cpasync.tma_partition(atom, 0, layout, cute.group_modes(shared, 0, 2), cute.group_modes(source, 0, 2))
