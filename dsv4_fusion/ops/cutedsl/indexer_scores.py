@@ -208,7 +208,7 @@ class Scores:
                         k_state.advance()
                 q_stages.producer_tail(q_state)
                 k_stages.producer_tail(k_state)
-            elif cutlass.const_expr(self.packed):
+            elif cutlass.const_expr(self.packed):  # noqa: SIM102
                 if warp_index <= LAYING // 32:
                     q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                     for turn in cutlass.range(0, rounds):

@@ -64,6 +64,7 @@ class PagedScores:
         self.line = min(d, LINE // size)  # values of a query that lie together
         self.lines = d // self.line
         self.row = d if fp8 else d // 2  # bytes of a key
+        self.parts = max(1, d // TOGETHER) if fp8 else 1  # sums of a product
         per_q, per_k = self.columns * (d * size + 4), KEYS * (self.row + 4) + 24
         self.tiles_q = 2 if 2 * per_q <= 96 * 1024 else 1
         stages = min(STAGES, (SHARED - 4096 - self.tiles_q * per_q) // per_k)
@@ -393,8 +394,7 @@ class PagedScores:
         else:
             a = cute.make_rmem_tensor(tiled_mma.partition_shape_A((KEYS, self.d)), BFloat16)
         shape = tiled_mma.partition_shape_C((KEYS, self.width))
-        parts = self.d // TOGETHER if cutlass.const_expr(self.fp8) else 1
-        products = [cute.make_rmem_tensor(shape, Float32) for _ in range(parts)]
+        products = [cute.make_rmem_tensor(shape, Float32) for _ in range(self.parts)]
         weight = cute.make_rmem_tensor((self.width // 4,), Float32)
         while left > 0:
             last = cutlass.min(self._tiles(lengths, sequence, out.shape[2]), tile + left)
@@ -473,7 +473,7 @@ class PagedScores:
         """FP8, ``TOGETHER`` dims to each of the products."""
         tiled_mma = self._mma()
         warpgroup.fence()
-        steps = TOGETHER // 32
+        steps = self.d // 32 // self.parts
         for i, product in enumerate(products):
             for step in range(steps):
                 tiled_mma.set(warpgroup.Field.ACCUMULATE, step > 0)
