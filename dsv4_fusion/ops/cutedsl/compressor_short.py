@@ -1,0 +1,254 @@
+"""Short windows of the paged compressor: a thread pools four columns of all rows, so nothing but the norm's sum crosses
+warps. As many groups of warps as there are take turns with the units."""
+
+from __future__ import annotations
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass.memory import SmemAllocator
+
+from . import compressor_row as row
+from . import ptx
+from .compressor_feed import FEEDERS, STOP, Feed, view
+
+POOLERS, SAVERS = 12, 4  # warps
+
+
+class Short(Feed):
+    """The kernel for windows of 4 or 8 rows.
+
+    Args:
+        d, ratio, series, n, rope, dtype, angle: as there.
+        format: "kv", "fp8" or "mxfp4"; d is 128 for the latter.
+        hadamard: transform the entry first.
+        page_size: entries a page of the cache.
+    """
+
+    def __init__(
+        self, d: int, ratio: int, series: int, n: int, rope: int, dtype, angle, format: str, hadamard: bool,
+        page_size: int,
+    ) -> None:  # fmt: skip
+        self.lanes = d // 4  # threads of a group
+        self.warps = d // 128
+        self.bias_bytes = 4 * series * ratio * d
+        sums = 2 * 4 * 16
+        super().__init__(
+            d, d, ratio, series, n, rope, dtype, angle, poolers=POOLERS, groups=POOLERS // self.warps,
+            readers=self.warps, savers=SAVERS, spare=self.bias_bytes + sums,
+        )  # fmt: skip
+        self.format, self.hadamard, self.page_size = format, hadamard, page_size
+        self.bias_at, self.sums_at = self.spare_at, self.spare_at + self.bias_bytes
+
+    @cute.jit
+    def __call__(
+        self,
+        kv: cute.Tensor,
+        gate: cute.Tensor,
+        bias: cute.Tensor,
+        weight: cute.Tensor,
+        positions: cute.Tensor,
+        requests: cute.Tensor,
+        starts: cute.Tensor,
+        cos: cute.Tensor,
+        sin: cute.Tensor,
+        state: cute.Tensor,
+        table: cute.Tensor,
+        cache: cute.Tensor,
+        slots: cute.Tensor,
+        eps: Float32,
+        clusters: Int32,
+        stream: cuda.CUstream,
+    ):
+        self.kernel(
+            kv, gate, bias, weight, positions, requests, starts, cos, sin, state, table, cache, slots, eps
+        ).launch(grid=[clusters, 1, 1], block=[self.threads, 1, 1], min_blocks_per_mp=1, stream=stream)
+
+    @cute.kernel
+    def kernel(
+        self,
+        kv: cute.Tensor,
+        gate: cute.Tensor,
+        bias: cute.Tensor,
+        weight: cute.Tensor,
+        positions: cute.Tensor,
+        requests: cute.Tensor,
+        starts: cute.Tensor,
+        cos: cute.Tensor,
+        sin: cute.Tensor,
+        state: cute.Tensor,
+        table: cute.Tensor,
+        cache: cute.Tensor,
+        slots: cute.Tensor,
+        eps: Float32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+        base = SmemAllocator().allocate(self.bytes, 128).toint()
+        end = Int64(cache.shape[0]) * self.page_size
+        t = view(kv, gate, bias, positions, requests, starts, cos, sin, state, table, slots, end)
+        if thread == 0:
+            self.begin(base)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        if warp < POOLERS:
+            self._bias(t, base, thread)
+            cute.arch.barrier(barrier_id=14, number_of_threads=32 * POOLERS)
+            self._pool(t, base, cache, weight, eps, thread, lane)
+        else:
+            if warp < POOLERS + FEEDERS:
+                self.feed(t, base, warp - POOLERS, lane, Int32(0), Int32(block), Int32(blocks))
+            else:
+                saver = warp - (POOLERS + FEEDERS)
+                self.save(t, lane, Int32(saver * blocks + block), Int32(SAVERS * blocks))
+
+    @cute.jit
+    def _bias(self, t, base, thread):
+        """Rows of the bias, in fp32, as the rows of a window take them."""
+        chunks = self.length * self.d // 4
+        for step in cutlass.range_constexpr(-(-chunks // (32 * POOLERS))):
+            chunk = thread + 32 * POOLERS * step
+            if chunk < chunks:
+                at, column = chunk // (self.d // 4), 4 * (chunk % (self.d // 4))
+                shift = Int32(cutlass.select_(at < self.length - self.ratio, 0, (self.series - 1) * self.d))
+                size = 2 if t.bias_bf16 else 4
+                source = t.bias_bytes + Int64(at % self.ratio) * t.bias_step + Int64((column + shift) * size)
+                words = ptx.load(source, size)
+                words = [ptx.bits(x) for x in row.wide(words, t.bias_bf16)]
+                ptx.store_shared(base + self.bias_at + 16 * chunk, words)
+
+    @cute.jit
+    def _pool(self, t, base, cache, weight, eps, thread, lane):
+        mine, group = thread % self.lanes, thread // self.lanes
+        column = 4 * mine
+        size = 2 if weight.element_type is BFloat16 else 4
+        unit, going = Int32(group), Int32(1)
+        while going != 0:
+            stage = unit % self.stages
+            at = self.at(base, stage)
+            ptx.barrier_wait(self.full(base, stage), (unit // self.stages) & 1)
+            low, high, old, kind = ptx.load_shared(at + self.meta_at, 4)
+            if kind == STOP:
+                going = Int32(0)
+            else:
+                x = self._pooled(base, at, Int32(old), mine)
+                angles = self._angles(at, column)
+                cute.arch.sync_warp()
+                if lane == 0:
+                    ptx.barrier_arrive(self.empty(base, stage))
+                words = ptx.load(
+                    weight.iterator.toint() + Int64(column * size), size
+                )  # again: so it takes no registers
+                factors = row.wide(words, size == 2)
+                num, den = x
+                x = [ptx.div(a, b) for a, b in zip(num, den, strict=True)]
+                total = row.squares(x)
+                if cutlass.const_expr(self.warps > 1):
+                    # Two places by turns: a warp that is ahead by one unit has waited for the others since
+                    turn = (unit // self.groups) & 1
+                    sums = base + self.sums_at + 4 * (16 * turn + group * self.warps)
+                    if lane == 0:
+                        ptx.store_shared(sums + 4 * (mine // 32), [ptx.bits(total)])
+                    cute.arch.barrier(barrier_id=1 + group, number_of_threads=self.lanes)
+                    found = ptx.load_shared(sums, self.warps)
+                    total = row.neighbours([ptx.real(word) for word in found])
+                x = row.norm(x, total, factors, self.d, eps)
+                if cutlass.const_expr(self.rope > 0):
+                    x = row.rotate(x, *angles, column >= self.d - self.rope)
+                slot = (Int64(high) << 32) | Int64(low)
+                self._store(cache, slot, x, mine, column)
+                unit = unit + self.groups
+
+    @cute.jit
+    def _pooled(self, base, at, old, mine):
+        """Sums of products and of weights."""
+        rows, columns, half = self.length, 4, 4 * self.columns
+        gates = cute.make_rmem_tensor((rows * columns,), Float32)
+        for r in cutlass.range_constexpr(rows):
+            for i, word in enumerate(ptx.load_shared(at + (r * self.row + half) + 16 * mine, 4)):
+                gates[r * columns + i] = ptx.real(word)
+        if old < rows:
+            for r in cutlass.range_constexpr(rows):
+                fresh = row.wide(
+                    ptx.load_shared(at + (r * self.row + half) + 4 * self.size * mine, self.size), self.bf16
+                )
+                bias = ptx.load_shared(base + self.bias_at + r * half + 16 * mine, 4)
+                for i in cutlass.range_constexpr(columns):
+                    fresh_gate = ptx.add(fresh[i], ptx.real(bias[i]))
+                    gates[r * columns + i] = row.choose(r >= old, fresh_gate, gates[r * columns + i])
+        for i in cutlass.range_constexpr(columns):
+            own = [gates[r * columns + i] for r in range(rows)]
+            largest = own[0]
+            for gate in own[1:]:
+                largest = ptx.maximum(largest, gate)
+            for r in cutlass.range_constexpr(rows):
+                gates[r * columns + i] = row.exponential(ptx.sub(own[r], largest))
+        # Values a few rows at a time: the first and second half's, which are added first
+        products, count = [], rows // 2
+        values = cute.make_rmem_tensor((2 * columns,), Float32)
+        for r in cutlass.range_constexpr(count):
+            for part in cutlass.range_constexpr(2):
+                line = at + (r + part * count) * self.row
+                for i, word in enumerate(ptx.load_shared(line + 16 * mine, 4)):
+                    values[part * columns + i] = ptx.real(word)
+            if old < rows:
+                for part in cutlass.range_constexpr(2):
+                    line = at + (r + part * count) * self.row
+                    fresh = row.wide(ptx.load_shared(line + 4 * self.size * mine, self.size), self.bf16)
+                    for i in cutlass.range_constexpr(columns):
+                        index = part * columns + i
+                        values[index] = row.choose(r + part * count >= old, fresh[i], values[index])
+            products.append(
+                [
+                    ptx.add(
+                        ptx.mul(gates[r * columns + i], values[i]),
+                        ptx.mul(gates[(r + count) * columns + i], values[columns + i]),
+                    )
+                    for i in range(columns)
+                ]
+            )
+        num = [row.tree([product[i] for product in products]) for i in range(columns)]
+        den = [row.tree([gates[r * columns + i] for r in range(rows)]) for i in range(columns)]
+        return num, den
+
+    def _angles(self, at, column):
+        """Two cosines and sines; of columns that are not rotated, any."""
+        pair = cutlass.max(column - (self.d - self.rope), 0) // 2
+        words = 1 if self.angle_bf16 else 2
+        address = at + self.angles_at + 4 * words // 2 * pair
+        found = [ptx.load_shared(address + part * self.angle_bytes, words) for part in range(2)]
+        return [row.wide(words, self.angle_bf16) for words in found]
+
+    @cute.jit
+    def _store(self, cache, slot, x, mine, column):
+        page = cache.iterator.toint() + (slot // self.page_size) * cache.stride[0]
+        place = slot % self.page_size
+        d = self.d
+        if cutlass.const_expr(self.format == "kv"):
+            to = page + place * (d + 64) + Int64(column)
+            codes, exponent = row.to_fp8(x, 16)
+            if column < d - 64:
+                ptx.store(to, [codes])
+                if mine % 16 == 0:
+                    scale = page + self.page_size * (d + 64) + place * 8 + Int64(column // 64)
+                    ptx.store_bytes(scale, 1, exponent)
+            else:
+                ptx.store(to + Int64(column - (d - 64)), row.bf16_words(x))
+        else:
+            x = row.rounded(x)
+            if cutlass.const_expr(self.hadamard):
+                x = row.hadamard(x, mine)
+            if cutlass.const_expr(self.format == "fp8"):
+                codes, exponent = row.to_fp8(x, 32)
+                ptx.store(page + place * d + Int64(column), [codes])
+                if mine == 0:
+                    ptx.store(page + self.page_size * d + place * 4, [row.scale_bits(exponent)])
+            else:
+                codes, exponent = row.to_mxfp4(x, 8)
+                ptx.store_bytes(page + place * (d // 2) + Int64(column // 2), 2, codes)
+                if mine % 8 == 0:
+                    scale = page + self.page_size * (d // 2) + place * 4 + Int64(mine // 8)
+                    ptx.store_bytes(scale, 1, exponent)
