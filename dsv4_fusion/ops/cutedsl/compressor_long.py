@@ -10,10 +10,10 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
 
+from .._compressor import BLOCK
 from . import compressor_row as row
 from . import ptx
 from .compressor_feed import FEEDERS, STOP, Feed, view
-from .compressor_row import BLOCK
 
 POOLERS, SAVERS = 16, 3  # warps; the last one of a block finishes
 LARGEST = 3  # buffers of maxima
