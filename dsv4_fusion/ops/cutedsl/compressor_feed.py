@@ -208,60 +208,40 @@ class Feed:
         """One unit: the window that is number ``attempt`` of those that close from ``closing`` at ``at`` on."""
         token = closing + (attempt * self.ratio - (self.length - 1))  # the first
         position = at + (attempt * self.ratio - (self.length - 1))
-        row = warp * self.each + lane % self.each
-        new = token + row >= start
+        row, unroll = warp * self.each, min(self.each, 8)  # this warp's rows are of one series
+        shift = Int32(cutlass.select_(row < self.length - self.ratio, 0, (self.series - 1) * self.d)) + begin
+        count = cutlass.min(cutlass.max(start - (token + row), 0), self.each)  # of its rows are not of this call
+        place, page = position + row, Int32(-1)
         if cutlass.const_expr(len(pages) == 0):
-            page = self._page(t, request, position + row, (position + row >= 0) & ~new)
+            place = place + lane % self.each
+            page = self._page(t, request, place, (place >= 0) & (lane < count))
         else:
             page = pages[0]
             if cutlass.const_expr(self.series > 1):
                 later = pages[1] if len(pages) > 1 else Int32(-1)
                 page = Int32(cutlass.select_(row < self.ratio, page, later))
-        place = position + row
-        fine = (page >= 0) & (place >= 0) & ~new
-        kind = Int32(cutlass.select_(new, Int32(2), Int32(fine)))
-        offset = Int64(page) * t.state.stride[0] + Int64((place % self.n) * (2 * self.series * self.d))
-        shift = Int32(cutlass.select_(row < self.length - self.ratio, 0, (self.series - 1) * self.d)) + begin
-        offset = (offset + Int64(shift)) * 4  # bytes
-        low, high = _halves(offset)
+        there = Int32((page >= 0) & (place >= 0))
+        offset = Int64(page) * t.state.stride[0] + Int64((place % self.n) * (2 * self.series * self.d) + shift)
+        old = t.state_bytes + offset * 4
 
         stage = self._wait(base, unit)
-        to = self.at(base, stage) + warp * self.each * self.row
-        quarter = self.columns // 4  # chunks of 16 bytes of the values, or gates, of an old row
-        fresh = self.columns * self.size // 16
-        for j in cutlass.range(self.each, unroll=4):
-            what = cute.arch.shuffle_sync(kind, j)
-            line = to + j * self.row
-            if what == 1:
+        to = self.at(base, stage) + row * self.row
+        if cutlass.const_expr(len(pages) == 0):
+            low, high = _halves(old)
+            for j in cutlass.range(count):
                 words = [cute.arch.shuffle_sync(x, j) for x in (low, high)]
-                source = t.state_bytes + _whole(*words)
-                for step in cutlass.range_constexpr(2 * quarter // 32):
-                    chunk = lane + 32 * step
-                    part = Int32(chunk >= quarter)
-                    # Gates follow the values of all series
-                    here = source + Int64(16 * chunk + part * (4 * (self.series * self.d - self.columns)))
-                    ptx.copy_async(line + 16 * chunk, here)
-            else:
-                if what == 2:
-                    column = cute.arch.shuffle_sync(shift, j)
-                    index = Int64(token + warp * self.each + j)
-                    for step in cutlass.range_constexpr(-(-2 * fresh // 32)):
-                        chunk = lane + 32 * step
-                        gates = chunk >= fresh
-                        if chunk < 2 * fresh:
-                            source = t.kv_bytes + index * t.kv_step
-                            if gates:
-                                source = t.gate_bytes + index * t.gate_step
-                            part = chunk - Int32(gates) * fresh
-                            ptx.copy_async(
-                                line + Int32(gates) * (4 * self.columns) + 16 * part,
-                                source + Int64(column * self.size + 16 * part),
-                            )
+                if cute.arch.shuffle_sync(there, j) != 0:
+                    self._old(to + j * self.row, _whole(*words), lane)
                 else:
-                    for step in cutlass.range_constexpr(2 * quarter // 32):
-                        chunk = lane + 32 * step
-                        value = ptx.select(chunk >= quarter, Uint32(MINUS_INFINITY), Uint32(0))
-                        ptx.store_shared(line + 16 * chunk, [value] * 4)
+                    self._missing(to + j * self.row, lane)
+        else:
+            if there != 0:
+                for j in cutlass.range(count, unroll=unroll):
+                    self._old(to + j * self.row, old + Int64(j * (8 * self.series * self.d)), lane)
+            else:
+                for j in cutlass.range(count):
+                    self._missing(to + j * self.row, lane)
+        self._new(t, to, Int64(token + row), shift, count, lane)
         if warp == 0:
             stage_at = self.at(base, stage)
             angle = Int64((at + attempt * self.ratio) // self.ratio * self.ratio)
@@ -274,9 +254,41 @@ class Feed:
                         source = t.sin_bytes + angle * t.sin_step - self.angle_bytes
                     ptx.copy_async(stage_at + self.angles_at + 16 * chunk, source + Int64(16 * chunk))
             if lane == 0:
-                old = cutlass.min(cutlass.max(start - token, 0), self.length)
-                ptx.store_shared(stage_at + self.meta_at, [Uint32(slot[0]), Uint32(slot[1]), Uint32(old), Uint32(UNIT)])
+                first = cutlass.min(cutlass.max(start - token, 0), self.length)  # row of this call
+                meta = [Uint32(slot[0]), Uint32(slot[1]), Uint32(first), Uint32(UNIT)]
+                ptx.store_shared(stage_at + self.meta_at, meta)
         self._give(base, stage)
+
+    def _old(self, line: Int32, source: Int64, lane: Int32) -> None:
+        """A row of the state into its place."""
+        quarter = self.columns // 4  # chunks of 16 bytes of the values, or gates
+        for step in range(2 * quarter // 32):
+            chunk = lane + 32 * step
+            # Gates follow the values of all series
+            further = Int32(chunk >= quarter) * (4 * (self.series * self.d - self.columns))
+            ptx.copy_async(line + 16 * chunk, source + Int64(16 * chunk + further))
+
+    def _missing(self, line: Int32, lane: Int32) -> None:
+        quarter = self.columns // 4
+        for step in range(2 * quarter // 32):
+            chunk = lane + 32 * step
+            value = ptx.select(chunk >= quarter, Uint32(MINUS_INFINITY), Uint32(0))
+            ptx.store_shared(line + 16 * chunk, [value] * 4)
+
+    @cute.jit
+    def _new(self, t, to: Int32, token: Int64, shift: Int32, first: Int32, lane: Int32):
+        """The rows from ``first`` on of a warp, whose first one would be that of a ``token`` of this call."""
+        fresh = self.columns * self.size // 16  # chunks of the values, or gates
+        for step in cutlass.range_constexpr(-(-2 * fresh // 32)):
+            chunk = lane + 32 * step
+            source, apart, line = t.kv_bytes, t.kv_step, to
+            if chunk >= fresh:
+                source, apart, line = t.gate_bytes, t.gate_step, to + (4 * self.columns - 16 * fresh)
+                source = source - 16 * fresh
+            source = source + token * apart + Int64(shift * self.size + 16 * chunk)
+            if chunk < 2 * fresh:
+                for j in cutlass.range(first, self.each, unroll=min(self.each, 8)):
+                    ptx.copy_async(line + j * self.row + 16 * chunk, source + Int64(j) * apart)
 
     # Rows into the state
 

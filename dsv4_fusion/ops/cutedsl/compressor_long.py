@@ -108,27 +108,23 @@ class Long(Feed):
             cute.arch.mbarrier_init_fence()
         if thread < LARGEST * BLOCK:
             ptx.store_shared(base + self.maxima_at + 4 * thread, [Uint32(LEAST)])
+        # No block sends before all have their barriers, nor ends before it has what the others send
         cute.arch.sync_threads()
-        cute.arch.cluster_arrive()  # waited for before anything is sent, and before a block ends
+        cute.arch.cluster_arrive_relaxed()
+        cute.arch.cluster_wait()
         if warp < POOLERS:
             self._pool(t, base, begin, warp, lane)
-            cute.arch.cluster_wait()
         else:
             if warp < POOLERS + FEEDERS:
                 self.feed(
                     t, base, warp - POOLERS, lane, begin, Int32(block // self.cluster), Int32(blocks // self.cluster)
                 )
-                cute.arch.cluster_wait()
             else:
                 if warp < POOLERS + FEEDERS + SAVERS:
                     saver = warp - (POOLERS + FEEDERS)
                     self.save(t, lane, Int32(saver * blocks + block), Int32(SAVERS * blocks))
-                    cute.arch.cluster_wait()
                 else:
-                    cute.arch.cluster_wait()
                     self._finish(base, cache, weight, eps, rank, lane)
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
 
     def _more(self, base: Int32, which: int, turn: Int32) -> Int32:
         return base + (self.more_at + 16 * which) + 8 * turn
@@ -169,6 +165,7 @@ class Long(Feed):
             for i, word in enumerate(ptx.load_shared(line, 2)):
                 values[r * columns + i] = ptx.real(word)
         if old <= warp + POOLERS * (rows - 1):
+            cute.arch.sync_warp()  # so that this is jumped over, which predicated instructions are not
             for r in cutlass.range_constexpr(rows):
                 new = warp + POOLERS * r >= old
                 line = at + (warp + POOLERS * r) * self.row + 2 * self.size * lane
