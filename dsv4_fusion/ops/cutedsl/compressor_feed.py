@@ -182,8 +182,7 @@ class Feed:
                         self._fill(t, base, warp, lane, begin, unit, *given, attempt, words, own)
                         unit = unit + 1
                 if (bits >> self.series) & 1 != 0:
-                    more = [cute.arch.shuffle_sync(x, source) for x in (after, before, position)]
-                    self._tail(t, warp, lane, begin, given[0], given[3], *more)
+                    self._tail(t, warp, lane, begin, *given, cute.arch.shuffle_sync(after, source))
         for _ in cutlass.range_constexpr(self.groups):
             stage = self._wait(base, unit)
             if (warp == 0) & (lane == 0):
@@ -281,20 +280,22 @@ class Feed:
         fresh = self.columns * self.size // 16  # chunks of the values, or gates
         for step in cutlass.range_constexpr(-(-2 * fresh // 32)):
             chunk = lane + 32 * step
-            source, apart, line = t.kv_bytes, t.kv_step, to
+            source, apart, line = t.kv_bytes, t.kv_step, to + 16 * chunk
             if chunk >= fresh:
-                source, apart, line = t.gate_bytes, t.gate_step, to + (4 * self.columns - 16 * fresh)
-                source = source - 16 * fresh
-            source = source + token * apart + Int64(shift * self.size + 16 * chunk)
+                source, apart, line = t.gate_bytes - 16 * fresh, t.gate_step, line + (4 * self.columns - 16 * fresh)
+            source = source + (token + Int64(first)) * apart + Int64(shift * self.size + 16 * chunk)
             if chunk < 2 * fresh:
                 for j in cutlass.range(first, self.each, unroll=min(self.each, 8)):
-                    ptx.copy_async(line + j * self.row + 16 * chunk, source + Int64(j) * apart)
+                    ptx.copy_async(line + j * self.row, source)
+                    source = source + apart
 
     # Rows into the state
 
     @cute.jit
-    def _tail(self, t, warp, lane, begin, start, request, after, before, position):
+    def _tail(self, t, warp, lane, begin, start, closing, at, request, after):
         """The tokens of a request whose rows its windows have read."""
+        position = at - (closing - start)
+        before = self._before(closing < after, position)
         ptx.wait_for_copies()
         cute.arch.barrier(barrier_id=FEED_BARRIER, number_of_threads=32 * FEEDERS)
         ring = self.n * t.table.shape[1]

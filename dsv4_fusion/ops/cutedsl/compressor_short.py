@@ -36,10 +36,11 @@ class Short(Feed):
         sums = 2 * 4 * 16
         super().__init__(
             d, d, ratio, series, n, rope, dtype, angle, poolers=POOLERS, groups=POOLERS // self.warps,
-            readers=self.warps, savers=SAVERS, spare=self.bias_bytes + sums,
+            readers=self.warps, savers=SAVERS, spare=self.bias_bytes + 4 * d + sums,
         )  # fmt: skip
         self.format, self.hadamard, self.page_size = format, hadamard, page_size
-        self.bias_at, self.sums_at = self.spare_at, self.spare_at + self.bias_bytes
+        self.bias_at, self.factors_at = self.spare_at, self.spare_at + self.bias_bytes
+        self.sums_at = self.factors_at + 4 * d
 
     @cute.jit
     def __call__(
@@ -95,9 +96,9 @@ class Short(Feed):
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         if warp < POOLERS:
-            self._bias(t, base, thread)
+            self._parameters(t, base, weight, thread)
             cute.arch.barrier(barrier_id=14, number_of_threads=32 * POOLERS)
-            self._pool(t, base, cache, weight, eps, thread, lane)
+            self._pool(t, base, cache, eps, thread, lane)
         else:
             if warp < POOLERS + FEEDERS:
                 self.feed(t, base, warp - POOLERS, lane, Int32(0), Int32(block), Int32(blocks))
@@ -106,8 +107,13 @@ class Short(Feed):
                 self.save(t, lane, Int32(saver * blocks + block), Int32(SAVERS * blocks))
 
     @cute.jit
-    def _bias(self, t, base, thread):
-        """Rows of the bias, in fp32, as the rows of a window take them."""
+    def _parameters(self, t, base, weight, thread):
+        """The norm's weight, and rows of the bias as the rows of a window take them, in fp32."""
+        if thread < self.lanes:
+            size = 2 if weight.element_type is BFloat16 else 4
+            words = ptx.load(weight.iterator.toint() + Int64(4 * thread * size), size)
+            words = [ptx.bits(x) for x in row.wide(words, size == 2)]
+            ptx.store_shared(base + self.factors_at + 16 * thread, words)
         chunks = self.length * self.d // 4
         for step in cutlass.range_constexpr(-(-chunks // (32 * POOLERS))):
             chunk = thread + 32 * POOLERS * step
@@ -121,10 +127,9 @@ class Short(Feed):
                 ptx.store_shared(base + self.bias_at + 16 * chunk, words)
 
     @cute.jit
-    def _pool(self, t, base, cache, weight, eps, thread, lane):
+    def _pool(self, t, base, cache, eps, thread, lane):
         mine, group = thread % self.lanes, thread // self.lanes
         column = 4 * mine
-        size = 2 if weight.element_type is BFloat16 else 4
         unit, going = Int32(group), Int32(1)
         while going != 0:
             stage = unit % self.stages
@@ -139,10 +144,6 @@ class Short(Feed):
                 cute.arch.sync_warp()
                 if lane == 0:
                     ptx.barrier_arrive(self.empty(base, stage))
-                words = ptx.load(
-                    weight.iterator.toint() + Int64(column * size), size
-                )  # again: so it takes no registers
-                factors = row.wide(words, size == 2)
                 num, den = x
                 x = [ptx.div(a, b) for a, b in zip(num, den, strict=True)]
                 total = row.squares(x)
@@ -155,6 +156,7 @@ class Short(Feed):
                     cute.arch.barrier(barrier_id=1 + group, number_of_threads=self.lanes)
                     found = ptx.load_shared(sums, self.warps)
                     total = row.neighbours([ptx.real(word) for word in found])
+                factors = [ptx.real(word) for word in ptx.load_shared(base + self.factors_at + 16 * mine, 4)]
                 x = row.norm(x, total, factors, self.d, eps)
                 if cutlass.const_expr(self.rope > 0):
                     x = row.rotate(x, *angles, column >= self.d - self.rope)
