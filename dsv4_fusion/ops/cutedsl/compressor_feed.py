@@ -90,22 +90,27 @@ class Feed:
 
     # Indices
 
-    @cute.jit
-    def _read(self, tensor: cute.Tensor, index: Int32, inside, other: int) -> Int64:
-        value = Int64(other)
-        if inside:
-            value = Int64(tensor[index])
-        return value
+    # All of them are read without branches: those that need not wait for each other are under way together
 
-    @cute.jit
+    def _read(self, tensor: cute.Tensor, index: Int32, inside, other: int) -> Int64:
+        size = tensor.element_type.width // 8
+        return ptx.load_integer(tensor.iterator.toint() + Int64(index) * (tensor.stride[0] * size), size, inside, other)
+
+    def _raw_page(self, t, request: Int32, position: Int32, wanted) -> Int64:
+        """What the table has for a request's token, -1 if it is not ``wanted``."""
+        size = t.table.element_type.width // 8
+        column = Int64(position // self.n % t.table.shape[1])
+        offset = Int64(request) * t.table.stride[0] + column * t.table.stride[1]
+        return ptx.load_integer(t.table.iterator.toint() + offset * size, size, wanted, -1)
+
+    def _known(self, t, page: Int64) -> Int32:
+        """A page of the state, or -1."""
+        fine = (page >= 0) & (page < Int64(t.state.shape[0]))
+        return Int32(cutlass.select_(fine, Int32(page), Int32(-1)))
+
     def _page(self, t, request: Int32, position: Int32, wanted) -> Int32:
         """The page of the state with a request's token, -1 if it has none."""
-        page = Int32(-1)
-        if wanted:
-            found = Int64(t.table[request, (position // self.n) % t.table.shape[1]])
-            if (found >= 0) & (found < Int64(t.state.shape[0])):
-                page = Int32(found)
-        return page
+        return self._known(t, self._raw_page(t, request, position, wanted))
 
     def _before(self, closes, position: Int32) -> Int32:
         """How many rows of the state are read for a request whose tokens begin at ``position``."""
@@ -129,42 +134,45 @@ class Feed:
             # A request's first token is often the one with its number: loads that need not wait come together
             guess = Int32(cutlass.select_(head, index, (index - requests) * ratio))
             inside = inside & (guess < tokens)
+            start = Int32(self._read(t.starts, index, head, 0))
+            after = Int32(self._read(t.starts, index + 1, head, 0))
             position = Int32(self._read(t.positions, guess, inside, 0))
             owner = self._read(t.requests, guess, inside, -1)
-            start = Int32(self._read(t.starts, index, head, 0))
-            after = cutlass.min(Int32(self._read(t.starts, index + 1, head, 0)), tokens)
+            after = cutlass.min(after, tokens)
             some = head & (start >= 0) & (start < after)
-            if some & (start != index):
-                position = Int32(t.positions[start])
-                owner = Int64(t.requests[start])
+            elsewhere = some & (start != index)
+            told = [self._read(tensor, start, elsewhere, 0) for tensor in (t.positions, t.requests)]
+            position = Int32(cutlass.select_(elsewhere, Int32(told[0]), position))
+            owner = Int64(cutlass.select_(elsewhere, told[1], owner))
             token = Int32(cutlass.select_(head, start, guess))
             closing = token + (ratio - 1) - position % ratio
             at = position + (closing - token)
-            mine = some & (owner == Int64(index)) & (position >= 0)
             whole = closing - (self.length - 1)
-            if (index >= requests) & inside:
-                # Of a window that closes here and is whole, the block's first token is one
-                mine = (owner >= 0) & (owner < Int64(requests)) & (at >= self.length - 1) & (whole >= 0)
-                mine = mine & (closing >= token) & (closing < tokens)
-                ends = self._read(t.requests, closing, mine, -1)
-                begins = self._read(t.requests, whole, mine, -1)
-                mine = mine & (ends == owner) & (begins == owner)
-                start, after = whole, closing + 1
-            flags, pages, slots = Int32(0), [], []
+            # Of a window that closes in a block and is whole, the block's first token is one
+            block = (index >= requests) & inside & (owner >= 0) & (owner < Int64(requests))
+            block = block & (at >= self.length - 1) & (whole >= 0) & (closing >= token) & (closing < tokens)
+            ends, begins = [self._read(t.requests, edge, block, -1) for edge in (closing, whole)]
+            block = block & (ends == owner) & (begins == owner)
+            start = Int32(cutlass.select_(head, start, whole))
+            after = Int32(cutlass.select_(head, after, closing + 1))
+            mine = (some & (owner == Int64(index)) & (position >= 0)) | block
+            tried, slots, pages = [], [], []
             for attempt in cutlass.range_constexpr(self.series):
                 closes = closing + attempt * ratio
                 reaches = (closes - (self.length - 1) < start) | (index >= requests)
-                tried = mine & reaches & (closes < after)
-                angle = (at + attempt * ratio) // ratio * ratio
-                slot = self._read(t.slots, closes, tried, -1)
-                kept = tried & (slot >= 0) & (slot < t.end) & (angle < t.cos.shape[0])
-                flags = flags | (Int32(kept) << attempt)
-                slots.append(slot)
+                tried.append(mine & reaches & (closes < after))
+                slots.append(self._read(t.slots, closes, tried[attempt], -1))
             if cutlass.const_expr(self.aligned):
                 for part in cutlass.range_constexpr(self.series):
-                    base_row = at - (self.length - 1) + part * ratio
-                    wanted = mine & (base_row >= 0) & (whole + part * ratio < start)
-                    pages.append(self._page(t, index, base_row, wanted))
+                    place = at - (self.length - 1) + part * ratio
+                    wanted = mine & (place >= 0) & (whole + part * ratio < start)
+                    pages.append(self._raw_page(t, index, cutlass.max(place, 0), wanted))
+            flags = Int32(0)
+            for attempt in cutlass.range_constexpr(self.series):
+                angle = (at + attempt * ratio) // ratio * ratio
+                kept = tried[attempt] & (slots[attempt] >= 0) & (slots[attempt] < t.end)
+                flags = flags | (Int32(kept & (angle < t.cos.shape[0])) << attempt)
+            pages = [self._known(t, page) for page in pages]
             before = self._before(closing < after, position)
             tail = mine & head & (before > 0) & (start + (ring - before) < after)
             flags = flags | (Int32(tail) << self.series)

@@ -49,6 +49,19 @@ def load_index(pointer) -> Int64:
     return Int64(load(pointer, 1, STREAMED)[0])
 
 
+def load_integer(address: Int64, size: int, condition, other: int) -> Int64:
+    """A signed integer of 4 or 8 bytes, streamed; ``other`` where the condition does not hold: nothing is read."""
+    code = f"ld.b{8 * size} value" if size == 8 else "ld.b32 half"
+    code = code.replace("ld", STREAMED)
+    widen = "" if size == 8 else "cvt.s64.s32 value, half; "
+    return inline_ptx(
+        "{ .reg .pred here; .reg .b32 half; .reg .b64 value; setp.ne.b32 here, {$r1}, 0; "
+        f"mov.b32 half, {other}; mov.b64 value, {other}; @here {code}, [{{$r0}}]; {widen}mov.b64 {{$w0}}, value; }}",
+        write_only_types=[Int64],
+        read_only_args=[address, Int32(condition)],
+    )
+
+
 def store(pointer, words: list[Uint32]) -> None:
     """1, 2 or 4 words in one instruction."""
     if len(words) == 1:
