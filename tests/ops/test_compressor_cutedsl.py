@@ -5,25 +5,27 @@ Caches are full of 0xA5 and states full of NaN before; what is not written has t
 
 from __future__ import annotations
 
+import types
+
+import numpy as np
 import pytest
 import torch
 
 from dsv4_fusion import ops
+from dsv4_fusion.ops import _compressor
+from dsv4_fusion.ops._indexer import hadamard_ref, quantise_fp8_ref, quantise_mxfp4_ref
+from dsv4_fusion.ops.compressor_cache import _cutedsl_limits
 from tests.ops import test_compressor_cache as paged
+from tests.ops import test_indexer_cutedsl as numpy_ptx  # skips all of this where there is no CuTe DSL
 from tests.ops.test_compressor import on_gpu
 from tests.ops.test_compressor_cache import INSERTS, Feed
+from tests.ops.test_compressor_compile_sm90 import cute_arguments
 from tests.ops.test_indexer import assert_same_bits
+
+from dsv4_fusion.ops.cutedsl import compressor_cache, compressor_row  # isort: skip
 
 IMPLEMENTATION = "cutedsl"
 BF16, FP32 = torch.bfloat16, torch.float32
-
-
-@pytest.fixture(autouse=True)
-def _needs():
-    pytest.importorskip("cutlass")
-    pytest.importorskip("tvm_ffi")
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs SM90")
 
 
 def speculative(request: int, length: int) -> list[int]:
@@ -214,3 +216,173 @@ def test_what_it_cannot_take_is_refused_and_triton_takes_it(changes, change):
     with pytest.raises(ValueError, match="the cutedsl kernels"):
         ops.compress_csa_insert(**tensors, **feed.options, implementation=IMPLEMENTATION)
     ops.compress_csa_insert(**tensors, **feed.options)
+
+
+# Without a GPU: the arithmetic on registers, with NumPy arrays of lanes in their place
+
+LANES = np.arange(32, dtype=np.int32)
+
+
+def run_exponential(x: np.ndarray) -> np.ndarray:
+    """The PTX of the exponential, each instruction rounded."""
+    values = {"{$r0}": x}
+
+    def value(name: str):
+        if name.startswith("0f"):
+            return np.uint32(int(name[2:], 16)).view(np.float32)
+        return values[name] if name in values else np.uint32(int(name, 0))
+
+    for line in compressor_row.EXPONENTIAL.strip("{} ").split(";"):
+        operation, _, rest = line.strip().partition(" ")
+        if not operation or operation == ".reg":
+            continue
+        to, *given = rest.replace(" ", "").split(",")
+        given = [value(name) for name in given]
+        kind = operation.partition(".")[0]
+        if kind == "mov":
+            result = given[0]
+            if operation.endswith("b32"):
+                result = result.view(np.uint32 if to == "e" else np.float32)
+        elif kind == "fma":  # of an exact product
+            result = (given[0].astype(np.float64) * given[1] + given[2]).astype(np.float32)
+        elif kind == "selp":
+            result = np.where(given[2], given[0], given[1])
+        else:
+            act = {"mul": np.multiply, "add": np.add, "sub": np.subtract, "shl": np.left_shift, "setp": np.less}[kind]
+            result = act(given[0], given[1])
+        values[to] = result
+    return values["{$w0}"]
+
+
+def test_the_exponential():
+    torch.manual_seed(0)
+    x = torch.cat([-torch.rand(100000) * 100, -torch.rand(100000), torch.linspace(-88, -86, 4097)])
+    x = torch.cat([x, torch.tensor([0.0, -0.0, -torch.inf, torch.nan, -87.0, -1e-45])])
+    with np.errstate(all="ignore"):
+        got = torch.from_numpy(run_exponential(x.numpy()))
+    assert_same_bits([got.nan_to_num(-1.0)], [_compressor.exp_ref(x).nan_to_num(-1.0)])
+
+
+@pytest.fixture
+def on_numpy(monkeypatch):
+    words = numpy_ptx._words
+    instructions = types.SimpleNamespace(
+        bits=lambda x: np.ascontiguousarray(x, np.float32).view(np.uint32),
+        real=lambda x: np.ascontiguousarray(words(x)).view(np.float32),
+        add=np.add,
+        sub=np.subtract,
+        mul=np.multiply,
+        fma=lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),  # here b is ±1
+        div=np.divide,
+        sqrt=np.sqrt,
+        maximum=np.fmax,
+        select=np.where,
+        unpack=numpy_ptx._wide,
+        pack_bf16=numpy_ptx._narrow,
+        pack_e4m3=lambda *values: numpy_ptx._e4m3(*np.broadcast_arrays(*values)),
+    )
+    monkeypatch.setattr(compressor_row, "ptx", instructions)
+    monkeypatch.setattr(compressor_row, "across", lambda value, distance: value[:, LANES ^ distance])
+    monkeypatch.setattr(compressor_row, "Uint32", words)
+    monkeypatch.setattr(compressor_row, "Float32", np.float32)
+    with np.errstate(all="ignore"):
+        yield
+
+
+def inputs(d: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    x = torch.randn(300, d) * torch.exp2(torch.randint(-130, 120, (300, 1)))
+    x[:50] = torch.randn(50, d)
+    x[50:90] = 1.75 * torch.exp2(torch.arange(-20.0, 20)).unsqueeze(1) * torch.randn(40, d).clamp(-1, 1).sign()
+    for row, special in enumerate((torch.nan, torch.inf, -torch.inf, -torch.nan, 0.0, -0.0)):
+        x[100 + row, 7 * row] = special
+    x[104:106] *= 0
+    return x
+
+
+def scatter(x: torch.Tensor, columns: int) -> list[np.ndarray]:
+    """[N, 32 columns] as the columns of every lane."""
+    parts = x.view(len(x), 32, columns).numpy()
+    return [np.ascontiguousarray(parts[:, :, i]) for i in range(columns)]
+
+
+def gather(words: np.ndarray, bytes_: int) -> torch.Tensor:
+    """The lowest bytes of every lane's word."""
+    split = np.ascontiguousarray(words.astype(np.uint32)).view(np.uint8).reshape(*words.shape, 4)[..., :bytes_]
+    return torch.from_numpy(np.ascontiguousarray(split).reshape(len(words), -1))
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+def test_blocks_in_fp8(on_numpy, columns):
+    x = inputs(32 * columns)
+    codes, exponent = compressor_row.to_fp8(scatter(x, columns), 64 // columns)
+    want, scale = _compressor.scaled_ref(x)
+    assert torch.equal(gather(codes, columns), want.view(torch.uint8))
+    assert torch.equal(torch.from_numpy(exponent[:, :: 64 // columns].astype(np.int32)), scale)
+
+
+def test_rows_in_fp8_and_mxfp4(on_numpy):
+    x = inputs(128).bfloat16().float()
+    codes, exponent = compressor_row.to_fp8(scatter(x, 4), 32)
+    want, scale = quantise_fp8_ref(x.bfloat16())
+    assert torch.equal(gather(codes, 4), want.view(torch.uint8))
+    bits = compressor_row.scale_bits(exponent)[:, 0].astype(np.uint32).view(np.int32)
+    assert torch.equal(torch.from_numpy(bits), scale.view(torch.int32))
+    codes, exponent = compressor_row.to_mxfp4(scatter(x, 4), 8)
+    want, scale = quantise_mxfp4_ref(x.bfloat16())
+    assert torch.equal(gather(codes, 2), want)
+    blocks = exponent[:, ::8].astype(np.uint8)
+    assert torch.equal(torch.from_numpy(np.ascontiguousarray(blocks).view(np.int32)[:, 0]), scale)
+
+
+def test_hadamard(on_numpy):
+    x = torch.randn(100, 128).bfloat16()
+    got = compressor_row.hadamard(scatter(x.float(), 4), LANES)
+    assert torch.equal(torch.from_numpy(np.stack(got, -1)).flatten(1), hadamard_ref(x).float())
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+def test_norm_and_rope(on_numpy, columns):
+    d = 32 * columns
+    x, weight, angle = torch.randn(100, d), torch.rand(1, d), torch.rand(100, d // 4) * 6
+    mine = scatter(x, columns)
+    factors = scatter(weight, columns)
+    got = compressor_row.norm(mine, compressor_row.squares(mine), factors, d, np.float32(1e-6))
+    full = torch.cat([torch.zeros_like(angle), angle], 1)  # the second half of the dims is rotated
+    cos, sin = (scatter(table, columns // 2) for table in (full.cos(), full.sin()))
+    got = compressor_row.rotate(got, cos, sin, columns * LANES >= d // 2)
+    want = _compressor.rotate_ref(_compressor.norm_ref(x, weight[0], 1e-6), angle.cos(), angle.sin())
+    assert_same_bits([torch.from_numpy(np.stack(got, -1)).flatten(1)], [want])
+
+
+def test_bf16_has_one_nan(on_numpy):
+    x = inputs(128)
+    words = compressor_row.bf16_words(scatter(x, 2 * 2))
+    got = torch.from_numpy(np.stack([word.astype(np.uint32) for word in words], -1).view(np.int16)).flatten(1)
+    assert torch.equal(got, torch.where(x.isnan(), 0x7FC0, x.bfloat16().view(torch.int16)).short())
+
+
+def test_limits():
+    given = cute_arguments(512, 4, True, 8)
+    assert _cutedsl_limits(True, **given) is None
+    for change, message in (
+        ({"kv": given["kv"][:, 4:]}, "kv, gate or position_bias is not aligned"),
+        ({"cos": given["cos"][:, :24]}, None),
+        ({"cos": given["cos"][:, :12]}, "multiples of 16 dims, got 24"),
+        ({"norm_weight": torch.zeros(1024)}, "entries of other sizes, got 1024 dims"),
+        ({"position_bias": torch.zeros(3, 1024)}, "got 6 rows"),
+        ({"format": "fp8"}, "fp8 entries of other sizes, got 512 dims"),
+        ({"state": torch.zeros(50 * 2048 * 8 + 1)[1:].view(50, 8, 2, 1024)}, "an argument is not aligned"),
+    ):
+        reason = _cutedsl_limits(True, **{**given, **change})
+        assert reason is None if message is None else message in reason, (change.keys(), reason)
+
+
+@pytest.mark.parametrize(("overlap", "ratio"), [(True, 4), (False, 128)])
+def test_one_kernel_for_any_number_of_tokens(overlap, ratio):
+    operator = compressor_cache.Insert(overlap)
+    keys = set()
+    for tokens, requests in ((1, 1), (2, 2), (15, 3), (16, 16), (4096, 1), (4097, 5)):
+        given = cute_arguments(512, ratio, overlap, ratio, tokens=tokens, requests=requests)
+        keys.add(operator.key(*given.values()))
+    assert len(keys) == 1
