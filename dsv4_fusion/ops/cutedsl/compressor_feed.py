@@ -134,10 +134,10 @@ class Feed:
             # A request's first token is often the one with its number: loads that need not wait come together
             guess = Int32(cutlass.select_(head, index, (index - requests) * ratio))
             inside = inside & (guess < tokens)
-            start = Int32(self._read(t.starts, index, head, 0))
-            after = Int32(self._read(t.starts, index + 1, head, 0))
             position = Int32(self._read(t.positions, guess, inside, 0))
             owner = self._read(t.requests, guess, inside, -1)
+            start = Int32(self._read(t.starts, index, head, 0))
+            after = Int32(self._read(t.starts, index + 1, head, 0))
             after = cutlass.min(after, tokens)
             some = head & (start >= 0) & (start < after)
             elsewhere = some & (start != index)
@@ -152,11 +152,10 @@ class Feed:
             block = (index >= requests) & inside & (owner >= 0) & (owner < Int64(requests))
             block = block & (at >= self.length - 1) & (whole >= 0) & (closing >= token) & (closing < tokens)
             ends, begins = [self._read(t.requests, edge, block, -1) for edge in (closing, whole)]
-            block = block & (ends == owner) & (begins == owner)
             start = Int32(cutlass.select_(head, start, whole))
             after = Int32(cutlass.select_(head, after, closing + 1))
             mine = (some & (owner == Int64(index)) & (position >= 0)) | block
-            tried, slots, pages = [], [], []
+            tried, slots, pages = [], [], []  # before it is known that a block's window is of one request
             for attempt in cutlass.range_constexpr(self.series):
                 closes = closing + attempt * ratio
                 reaches = (closes - (self.length - 1) < start) | (index >= requests)
@@ -167,10 +166,10 @@ class Feed:
                     place = at - (self.length - 1) + part * ratio
                     wanted = mine & (place >= 0) & (whole + part * ratio < start)
                     pages.append(self._raw_page(t, index, cutlass.max(place, 0), wanted))
-            flags = Int32(0)
+            flags, known = Int32(0), head | ((ends == owner) & (begins == owner))
             for attempt in cutlass.range_constexpr(self.series):
                 angle = (at + attempt * ratio) // ratio * ratio
-                kept = tried[attempt] & (slots[attempt] >= 0) & (slots[attempt] < t.end)
+                kept = known & tried[attempt] & (slots[attempt] >= 0) & (slots[attempt] < t.end)
                 flags = flags | (Int32(kept & (angle < t.cos.shape[0])) << attempt)
             pages = [self._known(t, page) for page in pages]
             before = self._before(closing < after, position)
@@ -312,7 +311,8 @@ class Feed:
             step = ring - before + index
             wanted = (index < before) & (start + step < after)
             step += cutlass.max(after - 1 - start - step, 0) // ring * ring  # the last token with this row
-            self._keep(t, lane, begin, self.columns, wanted, start + step, request, position + step)
+            page = self._page(t, request, position + step, wanted)
+            self._keep(t, lane, begin, self.columns, page, start + step, position + step)
 
     @cute.jit
     def save(self, t, lane: Int32, first: Int32, apart: Int32):
@@ -326,18 +326,19 @@ class Feed:
             position = Int32(self._read(t.positions, token, token < tokens, 0))
             mine = (request >= 0) & (request < Int64(requests)) & (position >= 0)
             row = Int32(request)
+            page = self._raw_page(t, row, cutlass.max(position, 0), mine)
             start = Int32(self._read(t.starts, row, mine, 0))
             after = cutlass.min(Int32(self._read(t.starts, row + 1, mine, 0)), tokens)
             begun = position - (token - start)
             before = self._before(start + (self.ratio - 1) - begun % self.ratio < after, begun)
             left = (token - start) % ring >= ring - before
             wanted = mine & (token + ring >= after) & ~left
-            self._keep(t, lane, Int32(0), self.d, wanted, token, row, position)
+            page = Int32(cutlass.select_(wanted, self._known(t, page), Int32(-1)))
+            self._keep(t, lane, Int32(0), self.d, page, token, position)
 
     @cute.jit
-    def _keep(self, t, lane, begin, columns, wanted, token, request, position):
-        """The tokens of lanes into the state: ``columns`` columns of each series from ``begin`` on."""
-        page = self._page(t, request, position, wanted)
+    def _keep(self, t, lane, begin, columns, page, token, position):
+        """The tokens of lanes, if a page is given, into the state: some columns of each series from ``begin`` on."""
         offset = Int64(page) * t.state.stride[0] + Int64((position % self.n) * (2 * self.series * self.d))
         low, high = _halves(offset * 4)
         line = position % self.ratio
