@@ -13,7 +13,8 @@ from cutlass.memory import SmemAllocator
 from .._compressor import BLOCK
 from . import compressor_row as row
 from . import ptx
-from .compressor_feed import FEEDERS, STOP, Feed, view
+from .compressor_feed import FEEDERS, STOP, Feed
+from .compressor_state import view
 
 POOLERS, SAVERS = 16, 3  # warps; the last one of a block finishes
 LARGEST = 3  # buffers of maxima

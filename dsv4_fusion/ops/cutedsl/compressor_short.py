@@ -11,7 +11,8 @@ from cutlass.memory import SmemAllocator
 
 from . import compressor_row as row
 from . import ptx
-from .compressor_feed import FEEDERS, STOP, Feed, view
+from .compressor_feed import FEEDERS, STOP, Feed
+from .compressor_state import view
 
 POOLERS, SAVERS = 12, 4  # warps
 
