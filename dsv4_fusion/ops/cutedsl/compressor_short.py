@@ -1,12 +1,12 @@
-"""Short windows of the paged compressor: a thread pools four columns of all rows, so nothing but the norm's sum crosses
-warps. As many groups of warps as there are take turns with the units."""
+"""Short windows of the paged compressor: a thread pools two or four columns of all rows, so nothing but the norm's sum
+crosses warps. As many groups of warps as there are take turns with the units."""
 
 from __future__ import annotations
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from cutlass.memory import SmemAllocator
 
 from . import compressor_row as row
@@ -14,7 +14,9 @@ from . import ptx
 from .compressor_feed import FEEDERS, STOP, Feed
 from .compressor_state import view
 
-POOLERS, SAVERS = 12, 4  # warps
+SAVERS = 4  # warps
+COLUMNS = 2  # of a thread in the format "kv": an entry is ready sooner with 2, and takes fewer instructions with 4
+POOLERS = {2: 16, 4: 12}  # warps, by columns: with more there are too few registers
 
 
 class Short(Feed):
@@ -31,12 +33,13 @@ class Short(Feed):
         self, d: int, ratio: int, series: int, n: int, rope: int, dtype, angle, format: str, hadamard: bool,
         page_size: int,
     ) -> None:  # fmt: skip
-        self.lanes = d // 4  # threads of a group
-        self.warps = d // 128
+        self.per = COLUMNS if format == "kv" else 4
+        self.lanes = d // self.per  # threads of a group
+        self.warps, poolers = self.lanes // 32, POOLERS[self.per]
         self.bias_bytes = 4 * series * ratio * d
         sums = 2 * 4 * 16
         super().__init__(
-            d, d, ratio, series, n, rope, dtype, angle, poolers=POOLERS, groups=POOLERS // self.warps,
+            d, d, ratio, series, n, rope, dtype, angle, poolers=poolers, groups=poolers // self.warps,
             readers=self.warps, savers=SAVERS, spare=self.bias_bytes + 4 * d + sums,
         )  # fmt: skip
         self.format, self.hadamard, self.page_size = format, hadamard, page_size
@@ -96,28 +99,28 @@ class Short(Feed):
             self.begin(base)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        if warp < POOLERS:
+        if warp < self.poolers:
             self._parameters(t, base, weight, thread)
-            cute.arch.barrier(barrier_id=14, number_of_threads=32 * POOLERS)
+            cute.arch.barrier(barrier_id=14, number_of_threads=32 * self.poolers)
             self._pool(t, base, cache, eps, thread, lane)
         else:
-            if warp < POOLERS + FEEDERS:
-                self.feed(t, base, warp - POOLERS, lane, Int32(0), Int32(block), Int32(blocks))
+            if warp < self.poolers + FEEDERS:
+                self.feed(t, base, warp - self.poolers, lane, Int32(0), Int32(block), Int32(blocks))
             else:
-                saver = warp - (POOLERS + FEEDERS)
+                saver = warp - (self.poolers + FEEDERS)
                 self.save(t, lane, Int32(saver * blocks + block), Int32(SAVERS * blocks))
 
     @cute.jit
     def _parameters(self, t, base, weight, thread):
         """The norm's weight, and rows of the bias as the rows of a window take them, in fp32."""
-        if thread < self.lanes:
+        if thread < self.d // 4:
             size = 2 if weight.element_type is BFloat16 else 4
             words = ptx.load(weight.iterator.toint() + Int64(4 * thread * size), size)
             words = [ptx.bits(x) for x in row.wide(words, size == 2)]
             ptx.store_shared(base + self.factors_at + 16 * thread, words)
         chunks = self.length * self.d // 4
-        for step in cutlass.range_constexpr(-(-chunks // (32 * POOLERS))):
-            chunk = thread + 32 * POOLERS * step
+        for step in cutlass.range_constexpr(-(-chunks // (32 * self.poolers))):
+            chunk = thread + 32 * self.poolers * step
             if chunk < chunks:
                 at, column = chunk // (self.d // 4), 4 * (chunk % (self.d // 4))
                 shift = Int32(cutlass.select_(at < self.length - self.ratio, 0, (self.series - 1) * self.d))
@@ -130,7 +133,7 @@ class Short(Feed):
     @cute.jit
     def _pool(self, t, base, cache, eps, thread, lane):
         mine, group = thread % self.lanes, thread // self.lanes
-        column = 4 * mine
+        column = self.per * mine
         unit, going = Int32(group), Int32(1)
         while going != 0:
             stage = unit % self.stages
@@ -155,9 +158,13 @@ class Short(Feed):
                     if lane == 0:
                         ptx.store_shared(sums + 4 * (mine // 32), [ptx.bits(total)])
                     cute.arch.barrier(barrier_id=1 + group, number_of_threads=self.lanes)
-                    found = ptx.load_shared(sums, self.warps)
+                    found = [
+                        word
+                        for first in range(0, self.warps, 4)
+                        for word in ptx.load_shared(sums + 4 * first, min(self.warps, 4))
+                    ]
                     total = row.neighbours([ptx.real(word) for word in found])
-                factors = [ptx.real(word) for word in ptx.load_shared(base + self.factors_at + 16 * mine, 4)]
+                factors = [ptx.real(word) for word in ptx.load_shared(base + self.factors_at + 4 * column, self.per)]
                 x = row.norm(x, total, factors, self.d, eps)
                 if cutlass.const_expr(self.rope > 0):
                     x = row.rotate(x, *angles, column >= self.d - self.rope)
@@ -168,17 +175,16 @@ class Short(Feed):
     @cute.jit
     def _pooled(self, base, at, old, mine):
         """Sums of products and of weights."""
-        rows, columns, half = self.length, 4, 4 * self.columns
+        rows, columns, half = self.length, self.per, 4 * self.columns
+        old_at, new_at, words = 4 * columns * mine, self.size * columns * mine, self.size * columns // 4
         gates = cute.make_rmem_tensor((rows * columns,), Float32)
         for r in cutlass.range_constexpr(rows):
-            for i, word in enumerate(ptx.load_shared(at + (r * self.row + half) + 16 * mine, 4)):
+            for i, word in enumerate(ptx.load_shared(at + (r * self.row + half) + old_at, columns)):
                 gates[r * columns + i] = ptx.real(word)
         if old < rows:
             for r in cutlass.range_constexpr(rows):
-                fresh = row.wide(
-                    ptx.load_shared(at + (r * self.row + half) + 4 * self.size * mine, self.size), self.bf16
-                )
-                bias = ptx.load_shared(base + self.bias_at + r * half + 16 * mine, 4)
+                fresh = row.wide(ptx.load_shared(at + (r * self.row + half) + new_at, words), self.bf16)
+                bias = ptx.load_shared(base + self.bias_at + r * half + old_at, columns)
                 for i in cutlass.range_constexpr(columns):
                     fresh_gate = ptx.add(fresh[i], ptx.real(bias[i]))
                     gates[r * columns + i] = row.choose(r >= old, fresh_gate, gates[r * columns + i])
@@ -195,12 +201,12 @@ class Short(Feed):
         for r in cutlass.range_constexpr(count):
             for part in cutlass.range_constexpr(2):
                 line = at + (r + part * count) * self.row
-                for i, word in enumerate(ptx.load_shared(line + 16 * mine, 4)):
+                for i, word in enumerate(ptx.load_shared(line + old_at, columns)):
                     values[part * columns + i] = ptx.real(word)
             if old < rows:
                 for part in cutlass.range_constexpr(2):
                     line = at + (r + part * count) * self.row
-                    fresh = row.wide(ptx.load_shared(line + 4 * self.size * mine, self.size), self.bf16)
+                    fresh = row.wide(ptx.load_shared(line + new_at, words), self.bf16)
                     for i in cutlass.range_constexpr(columns):
                         index = part * columns + i
                         values[index] = row.choose(r + part * count >= old, fresh[i], values[index])
@@ -217,13 +223,19 @@ class Short(Feed):
         den = [row.tree([gates[r * columns + i] for r in range(rows)]) for i in range(columns)]
         return num, den
 
-    def _angles(self, at, column):
-        """Two cosines and sines; of columns that are not rotated, any."""
+    def _angles(self, at: Int32, column: Int32) -> list[list[Float32]]:
+        """Cosines and sines of a thread's pairs; of columns that are not rotated, any."""
         pair = cutlass.max(column - (self.d - self.rope), 0) // 2
-        words = 1 if self.angle_bf16 else 2
-        address = at + self.angles_at + 4 * words // 2 * pair
-        found = [ptx.load_shared(address + part * self.angle_bytes, words) for part in range(2)]
-        return [row.wide(words, self.angle_bf16) for words in found]
+        address = at + self.angles_at
+        if self.angle_bf16:
+            word = address + 4 * (pair // 2)
+            words = [ptx.load_shared(word + part * self.angle_bytes, 1) for part in range(2)]
+            if self.per == 2:  # one of the two in a word
+                shift = Uint32(16 * (1 - pair % 2))
+                return [[ptx.real((word << shift) & Uint32(0xFFFF0000))] for (word,) in words]
+            return [row.wide(word, True) for word in words]
+        found = [ptx.load_shared(address + 4 * pair + part * self.angle_bytes, self.per // 2) for part in range(2)]
+        return [row.wide(words, False) for words in found]
 
     @cute.jit
     def _store(self, cache, slot, x, mine, column):
@@ -232,10 +244,13 @@ class Short(Feed):
         d = self.d
         if cutlass.const_expr(self.format == "kv"):
             to = page + place * (d + 64) + Int64(column)
-            codes, exponent = row.to_fp8(x, 16)
+            codes, exponent = row.to_fp8(x, 64 // self.per)
             if column < d - 64:
-                ptx.store(to, [codes])
-                if mine % 16 == 0:
+                if cutlass.const_expr(self.per == 4):
+                    ptx.store(to, [codes])
+                else:
+                    ptx.store_bytes(to, 2, codes)
+                if column % 64 == 0:
                     scale = page + self.page_size * (d + 64) + place * 8 + Int64(column // 64)
                     ptx.store_bytes(scale, 1, exponent)
             else:

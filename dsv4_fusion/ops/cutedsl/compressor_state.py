@@ -73,7 +73,8 @@ class State:
         line = position % self.ratio
         todo = Uint32(cute.arch.vote_ballot_sync(page >= 0))
         steps = -(-columns // 128)
-        together = max(1, 4 // (steps * self.series))  # tokens whose loads are under way at a time
+        most = 4 if self.bf16 else 2  # loads under way at a time, for which there are registers
+        together = max(1, most // (steps * self.series))  # tokens of which they are
         while todo != 0:
             sources, there = [], []
             for i in cutlass.range_constexpr(together):
@@ -82,28 +83,28 @@ class State:
                 sources.append(found if i == 0 else Int32(cutlass.select_(todo != 0, found, sources[0])))
                 todo = todo & (todo - 1)
             for part in cutlass.range_constexpr(self.series):
-                loaded = []
-                for source in sources:
-                    at = [cute.arch.shuffle_sync(x, source) for x in (token, line)]
-                    words = [cute.arch.shuffle_sync(x, source) for x in (low, high)]
-                    to = t.state_bytes + whole(*words)
-                    for step in cutlass.range_constexpr(steps):
-                        column = 4 * lane + 128 * step
-                        if cutlass.const_expr(columns % 128):
-                            column = cutlass.min(column, columns - 4)  # of those beyond, what is stored is the same
-                        column = column + begin + part * self.d
-                        loaded.append((to, column, *self._four(t, Int64(at[0]), at[1], column)))
-                for i in cutlass.range_constexpr(together):
-                    if there[i]:
-                        for to, column, kv, gate, bias in loaded[i * steps : (i + 1) * steps]:
-                            values = wide(kv, self.bf16)
-                            gates = [
-                                ptx.add(a, b)
-                                for a, b in zip(wide(gate, self.bf16), wide(bias, t.bias_bf16), strict=True)
-                            ]
-                            here = to + Int64(column) * 4
-                            ptx.store(here, [ptx.bits(x) for x in values])
-                            ptx.store(here + 4 * self.series * self.d, [ptx.bits(x) for x in gates])
+                for first in cutlass.range_constexpr(0, steps, most):
+                    loaded, some = [], min(most, steps - first)
+                    for source in sources:
+                        at = [cute.arch.shuffle_sync(x, source) for x in (token, line)]
+                        words = [cute.arch.shuffle_sync(x, source) for x in (low, high)]
+                        to = t.state_bytes + whole(*words)
+                        for step in cutlass.range_constexpr(first, first + some):
+                            column = 4 * lane + 128 * step
+                            if cutlass.const_expr(columns % 128):
+                                column = cutlass.min(column, columns - 4)  # those beyond store the same as others
+                            column = column + begin + part * self.d
+                            loaded.append((to, column, *self._four(t, Int64(at[0]), at[1], column)))
+                    for i in cutlass.range_constexpr(together):
+                        if there[i]:
+                            for to, column, kv, gate, bias in loaded[i * some : (i + 1) * some]:
+                                self._store_four(t, to + Int64(column) * 4, kv, gate, bias)
+
+    def _store_four(self, t, to: Int64, kv: list, gate: list, bias: list) -> None:
+        values, shift = wide(kv, self.bf16), wide(bias, t.bias_bf16)
+        gates = [ptx.add(a, b) for a, b in zip(wide(gate, self.bf16), shift, strict=True)]
+        ptx.store(to, [ptx.bits(x) for x in values])
+        ptx.store(to + 4 * self.series * self.d, [ptx.bits(x) for x in gates])
 
     def _four(self, t, token: Int64, line: Int32, column: Int32) -> tuple:
         """Words of four values, their gates and bias."""
