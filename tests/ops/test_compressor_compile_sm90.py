@@ -146,7 +146,7 @@ CUTE = [
 ]
 
 
-@pytest.mark.parametrize("key", CUTE, ids=lambda key: "-".join(str(x).removeprefix("torch.") for x in key if x != ()))
+@pytest.mark.parametrize("key", CUTE, ids=lambda key: f"{key[0]}x{key[1]}-{key[10]}-{key[5]}")
 def test_cute_dsl_compiles_for_sm90(key, tmp_path):
     pytest.importorskip("cutlass")
     pytest.importorskip("tvm_ffi")
