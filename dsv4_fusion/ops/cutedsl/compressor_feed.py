@@ -25,6 +25,7 @@ from .launch import DTYPES
 FEEDERS = 4  # warps
 FEED_BARRIER = 15  # its number, among the named ones
 SHARED = 226 * 1024
+MOST_STAGES = 24
 MINUS_INFINITY = 0xFF800000
 UNIT, STOP = 1, 0
 
@@ -62,7 +63,8 @@ class Feed(State):
         self.angles_at = self.length * self.row
         self.meta_at = self.angles_at + 2 * self.angle_bytes
         self.stage = -(-(self.meta_at + 16) // 128) * 128
-        self.stages = min((SHARED - spare) // self.stage, 24)
+        # A multiple of the groups: one that waits for a stage has then had the unit before in it, and parities suffice
+        self.stages = min((SHARED - spare) // self.stage, MOST_STAGES) // groups * groups
         self.barriers_at = self.stages * self.stage  # full, then empty, of each stage
         self.spare_at = self.barriers_at + 16 * self.stages
         self.bytes = self.spare_at + spare
