@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .._library import compiling, layout, new, number
 from . import launch, ptx
-from .indexer_scores_mxfp4 import expand, in_order, power
+from .indexer_scores_mxfp4 import expand, in_order, powers
 
 COLUMNS = 256  # heads of a block's queries, all together
 KEYS = 128  # of a stage, 64 for each of two warpgroups
@@ -360,9 +360,9 @@ class Scores:
                 (scales,) = ptx.load(q_scale.iterator + row * q_scale.stride[0], 1, ptx.STREAMED)
                 loaded.append((packed, scales))
             for j, (packed, scales) in enumerate(loaded):
-                factor, behind = power(scales, block), (i * AT_ONCE + j) * (rows * LINE)
+                factors, behind = powers(scales, block), (i * AT_ONCE + j) * (rows * LINE)
                 for word in cutlass.range_constexpr(4):
-                    ptx.store_shared(to[word] + behind, in_order(expand(packed[word], factor)))
+                    ptx.store_shared(to[word] + behind, in_order(expand(packed[word], factors)))
 
     def _partition(self, atom, shared, source, layout):
         return cpasync.tma_partition(atom, 0, layout, cute.group_modes(shared, 0, 2), cute.group_modes(source, 0, 2))

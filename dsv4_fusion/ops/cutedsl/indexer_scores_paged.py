@@ -27,7 +27,7 @@ from torch import Tensor
 from .._library import compiling, layout, new, number
 from . import launch, ptx
 from .indexer_scores import GROUP, LINE, MINUS_INFINITY, SHARED, _choose, _processors, _rows, _within
-from .indexer_scores_mxfp4 import expand, power
+from .indexer_scores_mxfp4 import LARGEST, expand, exponent, powers, spread
 
 KEYS = 64  # of a stage: a page, some neighbours, or a part of one; one warpgroup takes them
 COLUMNS = 128  # of a product, at most: the heads of some queries of a sequence
@@ -349,10 +349,10 @@ class PagedScores:
             return
         words = self.d // 32  # of a thread
         packed = ptx.load(source + part * (4 * words), words)
-        factor = power(Uint32(q_scale[row]), part * words // 4)
+        factors = powers(Uint32(q_scale[row]), part * words // 4)
         place = (slot * self.passes + column // self.width) * self.lines * self.width + column % self.width
         for word in range(words):
-            for j, pair in enumerate(expand(packed[word], factor)):
+            for j, pair in enumerate(expand(packed[word], factors)):
                 turned = (word % 2 * 4 + j) ^ (column % 8)
                 at = (place + word // 2 * self.width) * LINE + turned * 16 + part * 4
                 ptx.store_shared(to + at, [pair])
@@ -487,12 +487,16 @@ class PagedScores:
         tiled_mma = self._mma()
         pairs = cute.recast_tensor(a, Uint32)
         per = len(words[0])
-        factors = [power(scale, lane % 4 * per // 4) for scale in scales]
+        block = lane % 4 * per // 4
+        factors = [powers(scale, block) for scale in scales]
+        most = [exponent(scale, block) for scale in scales]
+        large = cute.arch.vote_any_sync((most[0] > Uint32(LARGEST)) | (most[1] > Uint32(LARGEST)))
         for word in range(per):
             if first:
                 for row in range(2):
-                    for j, pair in enumerate(expand(words[row][word], factors[row])):
-                        pairs[word * 8 + j * 2 + row] = pair
+                    for j, pair in enumerate(spread(words[row][word])):
+                        pairs[word * 8 + j * 2 + row] = ptx.pair_mul(pair, factors[row][0])
+                self._enlarge(pairs, word, factors[0][1], factors[1][1], large)
             warpgroup.fence()
             for step in range(2):
                 tiled_mma.set(warpgroup.Field.ACCUMULATE, word + step > 0)
@@ -502,6 +506,14 @@ class PagedScores:
             warpgroup.commit_group()
         warpgroup.wait_group(0)
 
+    @cute.jit
+    def _enlarge(self, pairs, word: cutlass.Constexpr, first, second, large):
+        """The rest of the factors of both rows, where a scale of the warp's is larger than most are."""
+        if large:
+            for i in cutlass.range_constexpr(4):
+                pairs[word * 8 + i * 2] = ptx.pair_mul(pairs[word * 8 + i * 2], first)
+                pairs[word * 8 + i * 2 + 1] = ptx.pair_mul(pairs[word * 8 + i * 2 + 1], second)
+
     def _sums(self, products, weight, lane):
         """Over heads: of this thread's columns first, then of the four threads that share two keys.
 
@@ -509,16 +521,13 @@ class PagedScores:
         of the queries, if there is one.
         """
         per = self.heads // 4  # of a query's columns, in a thread
-        sums = []
-        for row in range(2):
-            for query in range(self.share):
-                total = Float32(0.0)
-                for i in range(per):
-                    at = query * per + i
-                    found = [product[at // 2 * 4 + row * 2 + at % 2] for product in products]
-                    value = ptx.maximum_nan(functools.reduce(ptx.add, found), Float32(0.0))
-                    total = ptx.fma(value, weight[at], total)
-                sums.append(total)
+        sums = [Float32(0.0)] * (2 * self.share)
+        for i in range(per):
+            for which in range(len(sums)):
+                row, at = which // self.share, which % self.share * per + i
+                found = [product[at // 2 * 4 + row * 2 + at % 2] for product in products]
+                value = ptx.maximum_nan(functools.reduce(ptx.add, found), Float32(0.0))
+                sums[which] = ptx.fma(value, weight[at], sums[which])
         for bit in range(2):
             if len(sums) % 2:
                 sums = [ptx.add(each, cute.arch.shuffle_sync_bfly(each, offset=1 << bit)) for each in sums]
