@@ -399,10 +399,10 @@ class Scores:
             first = cutlass.min(cutlass.max(first, lowest // KEYS), last)
             last = cutlass.max(cutlass.min(last, (highest + KEYS - 1) // KEYS), first)
             slot = turn % SLOTS * self.slot
-            if lane < self.queries:
-                limits[slot + mine] = low
-                limits[slot + self.queries + mine] = high
-            if lane == 0:
+            found = [cute.arch.shuffle_sync(limit, i) for limit in (low, high) for i in range(self.queries)]
+            if lane == 0:  # the thread whose arrival the consumers wait for
+                for i in cutlass.range_constexpr(2 * self.queries):
+                    limits[slot + i] = found[i]
                 limits[slot + 2 * self.queries] = first
                 limits[slot + 2 * self.queries + 1] = last
             cute.arch.sync_warp()
