@@ -33,7 +33,7 @@ GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
 TURNS = 1  # the first of two named barriers
 LAYING = 64  # threads that lay out MXFP4 queries
-AT_ONCE = 4  # blocks of these that a thread loads together
+AT_ONCE = 8  # blocks of these that a thread loads together
 SLOTS = 4  # of limits: two stages of queries, one that is being written, and one to spare
 LINE = 128  # bytes of a row that lie together in shared memory
 SHARED = 227 * 1024
@@ -177,7 +177,7 @@ class Scores:
         length, pieces = out.shape[1], groups * chunks
         rounds = _rounds(pieces, block, blocks)
         if group == 0:
-            cute.arch.setmaxregister_decrease(56)
+            cute.arch.setmaxregister_decrease(72 if self.packed else 40)
             if warp_index == 0:
                 q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                 k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
@@ -219,7 +219,7 @@ class Scores:
                         q_stages.producer_commit(q_state)
                         q_state.advance()
         else:
-            cute.arch.setmaxregister_increase(224)
+            cute.arch.setmaxregister_increase(216 if self.packed else 232)
             consumer, thread = group - 1, thread % GROUP
             lane = thread % 32
             mine = consumer * 64 + (thread // 32) * 16 + lane // 4  # this thread's first key in a stage
