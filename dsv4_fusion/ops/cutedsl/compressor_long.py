@@ -184,7 +184,7 @@ class Long(Feed):
         for i in cutlass.range_constexpr(columns):
             largest = gates[i]
             for r in cutlass.range_constexpr(1, rows):
-                largest = ptx.maximum(largest, gates[r * columns + i])
+                largest = ptx.maximum_nan(largest, gates[r * columns + i])
             ptx.max_shared(maxima + 8 * lane + 4 * i, row.ordered(largest))
         cute.arch.barrier(barrier_id=14, number_of_threads=32 * POOLERS)
         found = [row.unordered(Int32(word)) for word in ptx.load_shared(maxima + 8 * lane, 2)]
@@ -195,7 +195,7 @@ class Long(Feed):
         for i in cutlass.range_constexpr(columns):
             weights = [row.exponential(ptx.sub(gates[r * columns + i], found[i])) for r in range(rows)]
             sums.append(row.tree([ptx.mul(weights[r], values[r * columns + i]) for r in range(rows)]))
-            sums.append(row.tree(weights))
+            sums.append(row.marked(row.tree(weights), found[i]))
         turn = unit & 1
         ptx.barrier_wait(self._more(base, 1, turn), ((unit >> 1) & 1) ^ 1)
         ptx.store_shared(

@@ -3,6 +3,8 @@ crosses warps. As many groups of warps as there are take turns with the units.""
 
 from __future__ import annotations
 
+import functools
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -188,13 +190,12 @@ class Short(Feed):
                 for i in cutlass.range_constexpr(columns):
                     fresh_gate = ptx.add(fresh[i], ptx.real(bias[i]))
                     gates[r * columns + i] = row.choose(r >= old, fresh_gate, gates[r * columns + i])
+        largest = []
         for i in cutlass.range_constexpr(columns):
             own = [gates[r * columns + i] for r in range(rows)]
-            largest = own[0]
-            for gate in own[1:]:
-                largest = ptx.maximum(largest, gate)
+            largest.append(functools.reduce(ptx.maximum_nan, own))
             for r in cutlass.range_constexpr(rows):
-                gates[r * columns + i] = row.exponential(ptx.sub(own[r], largest))
+                gates[r * columns + i] = row.exponential(ptx.sub(own[r], largest[i]))
         # Values a few rows at a time: the first and second half's, which are added first
         products, count = [], rows // 2
         values = cute.make_rmem_tensor((2 * columns,), Float32)
@@ -221,6 +222,7 @@ class Short(Feed):
             )
         num = [row.tree([product[i] for product in products]) for i in range(columns)]
         den = [row.tree([gates[r * columns + i] for r in range(rows)]) for i in range(columns)]
+        den = [row.marked(total, top) for total, top in zip(den, largest, strict=True)]
         return num, den
 
     def _angles(self, at: Int32, column: Int32) -> list[list[Float32]]:
