@@ -193,9 +193,9 @@ class Long(Feed):
             ptx.store_shared(ready + 8 * lane, [Uint32(LEAST)] * 2)
         sums = []
         for i in cutlass.range_constexpr(columns):
-            weights = [row.exponential(ptx.sub(gates[r * columns + i], found[i])) for r in range(rows)]
+            weights = row.weights([gates[r * columns + i] for r in range(rows)], found[i])
             sums.append(row.tree([ptx.mul(weights[r], values[r * columns + i]) for r in range(rows)]))
-            sums.append(row.marked(row.tree(weights), found[i]))
+            sums.append(row.tree(weights))
         turn = unit & 1
         ptx.barrier_wait(self._more(base, 1, turn), ((unit >> 1) & 1) ^ 1)
         ptx.store_shared(

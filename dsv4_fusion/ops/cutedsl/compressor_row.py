@@ -42,13 +42,14 @@ EXPONENTIAL = _exponential()
 
 
 def exponential(x: Float32) -> Float32:
-    """e^x for x from -inf to 0; of a NaN any number, see :func:`marked`."""
+    """e^x for x from -inf to 0; of a NaN any number."""
     return inline_ptx(EXPONENTIAL, write_only_types=[Float32], read_only_args=[x])
 
 
-def marked(total: Float32, largest: Float32) -> Float32:
-    """The sum of the weights, NaN where the largest gate is not finite: where a weight would be one."""
-    return ptx.add(total, ptx.sub(largest, largest))
+def weights(gates: list[Float32], largest: Float32) -> list[Float32]:
+    """Of rows; ``largest`` is NaN where the gate of any row is, and the first weight then too."""
+    found = [exponential(ptx.sub(gate, largest)) for gate in gates]
+    return [ptx.add(found[0], ptx.sub(largest, largest)), *found[1:]]
 
 
 def ordered(x: Float32) -> Int32:

@@ -190,12 +190,10 @@ class Short(Feed):
                 for i in cutlass.range_constexpr(columns):
                     fresh_gate = ptx.add(fresh[i], ptx.real(bias[i]))
                     gates[r * columns + i] = row.choose(r >= old, fresh_gate, gates[r * columns + i])
-        largest = []
         for i in cutlass.range_constexpr(columns):
             own = [gates[r * columns + i] for r in range(rows)]
-            largest.append(functools.reduce(ptx.maximum_nan, own))
-            for r in cutlass.range_constexpr(rows):
-                gates[r * columns + i] = row.exponential(ptx.sub(own[r], largest[i]))
+            for r, weight in enumerate(row.weights(own, functools.reduce(ptx.maximum_nan, own))):
+                gates[r * columns + i] = weight
         # Values a few rows at a time: the first and second half's, which are added first
         products, count = [], rows // 2
         values = cute.make_rmem_tensor((2 * columns,), Float32)
@@ -222,7 +220,6 @@ class Short(Feed):
             )
         num = [row.tree([product[i] for product in products]) for i in range(columns)]
         den = [row.tree([gates[r * columns + i] for r in range(rows)]) for i in range(columns)]
-        den = [row.marked(total, top) for total, top in zip(den, largest, strict=True)]
         return num, den
 
     def _angles(self, at: Int32, column: Int32) -> list[list[Float32]]:
