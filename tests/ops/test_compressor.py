@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -124,13 +125,30 @@ def test_reference_is_the_mathematics(name, ratio, overlap, table):
 
 
 def test_exponential():
-    """Within 1.5 units in the last place, 1 at 0, 0 at -inf, NaN at NaN."""
-    x = torch.cat([-torch.logspace(-8, 1.93, 200_000), torch.linspace(-87, 0, 200_000)])
-    exact = x.double().exp()
-    error = ((_compressor.exp_ref(x).double() - exact) / exact).abs().max()
-    assert error < 1.5 * 2**-24
-    ends = _compressor.exp_ref(torch.tensor([0.0, -87.1, -math.inf, math.nan]))
-    assert ends[:3].tolist() == [1.0, 0.0, 0.0] and ends[3].isnan()
+    """How far from float64; 1 at 0, 0 at -inf, NaN at NaN."""
+    x = torch.cat([-torch.logspace(-8, 1.93, 200_000), torch.linspace(-87, 0, 200_000), torch.linspace(-2, 0, 200_000)])
+    exact, got = x.double().exp(), _compressor.exp_ref(x).double()
+    error = (got - exact).abs()
+    assert error.max() < 1.3e-7
+    assert (error / exact)[exact > 2**-20].max() < 3.5e-7
+    assert (error / exact).max() < 1.4e-6
+    ends = _compressor.exp_ref(torch.tensor([0.0, -0.0, -87.1, -math.inf, math.nan]))
+    assert ends[:4].tolist() == [1.0, 1.0, 0.0, 0.0] and ends[4].isnan()
+
+
+def test_fused_multiply_and_add_rounds_once():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3000, generator=generator)
+    c = torch.randn(3000, generator=generator).sign() * torch.rand(3000, generator=generator).add(1) * 8
+    # Almost half a unit of c, which is odd: in float64 it is a half
+    a[:1000], b[:1000] = 2**-12 * (1 + 2**-23), 2**-12 * (1 - 2**-23)
+    c[:1000] = (1 + 2**-23 * (1 + 2 * torch.arange(1000))) * c[:1000].sign()
+    got, twice = _compressor.fma_ref(a, b, c), (a.double() * b + c).float()
+    assert (got != twice).sum() > 900
+    neighbours = [torch.nextafter(got, torch.full_like(got, end)).tolist() for end in (-math.inf, math.inf)]
+    for x, y, z, rounded, *others in zip(a.tolist(), b.tolist(), c.tolist(), got.tolist(), *neighbours, strict=True):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        assert all(abs(exact - Fraction(rounded)) <= abs(exact - Fraction(other)) for other in others)
 
 
 def hugging_face(kv, gate, position_bias, norm_weight, cos, sin) -> torch.Tensor:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # run as
 from dsv4_fusion import ops
 from tests.ops import test_compressor as dense
 from tests.ops import test_compressor_cache as paged
-from tests.ops.interpreted import patch_once_a_launch
+from tests.ops.interpreted import patch_fma, patch_once_a_launch
 from tests.ops.test_indexer import assert_same_bits
 
 DENSE = (
@@ -85,4 +85,5 @@ def test_interpreted():
 
 if __name__ == "__main__":
     patch_once_a_launch()
+    patch_fma()
     print(compare())

@@ -184,7 +184,7 @@ class Long(Feed):
         for i in cutlass.range_constexpr(columns):
             largest = gates[i]
             for r in cutlass.range_constexpr(1, rows):
-                largest = ptx.maximum(largest, gates[r * columns + i])
+                largest = ptx.maximum_nan(largest, gates[r * columns + i])
             ptx.max_shared(maxima + 8 * lane + 4 * i, row.ordered(largest))
         cute.arch.barrier(barrier_id=14, number_of_threads=32 * POOLERS)
         found = [row.unordered(Int32(word)) for word in ptx.load_shared(maxima + 8 * lane, 2)]
@@ -193,7 +193,7 @@ class Long(Feed):
             ptx.store_shared(ready + 8 * lane, [Uint32(LEAST)] * 2)
         sums = []
         for i in cutlass.range_constexpr(columns):
-            weights = [row.exponential(ptx.sub(gates[r * columns + i], found[i])) for r in range(rows)]
+            weights = row.weights([gates[r * columns + i] for r in range(rows)], found[i])
             sums.append(row.tree([ptx.mul(weights[r], values[r * columns + i]) for r in range(rows)]))
             sums.append(row.tree(weights))
         turn = unit & 1

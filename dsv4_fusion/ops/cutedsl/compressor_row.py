@@ -11,7 +11,7 @@ import struct
 from cutlass import Float32, Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
-from .._compressor import AMAX_FLOOR, EXP, INTEGER, LEAST, LN2_HIGH, LN2_LOW, LOG2_E
+from .._compressor import AMAX_FLOOR, EXP2, INTEGER, LEAST, LOG2_E
 from .._indexer import MXFP4_FLOOR
 from . import ptx
 from .formats import NAN
@@ -26,19 +26,14 @@ def _constant(value: float) -> str:
 
 
 def _exponential() -> str:
-    """PTX of ``exp_ref``, every operation rounded; where one is fused, its product is exact."""
-    horner = "".join(
-        f"mul.rn.f32 y, y, r; add.rn.f32 y, y, {_constant(coefficient)}; " for coefficient in reversed(EXP[:-1])
-    )
+    """PTX of ``exp_ref``."""
+    horner = "".join(f"fma.rn.f32 y, y, f, {_constant(coefficient)}; " for coefficient in reversed(EXP2[:-1]))
     return (
-        "{ .reg .f32 s, n, r, y, q; .reg .b32 e; .reg .pred small; "
-        f"mul.rn.f32 s, {{$r0}}, {_constant(LOG2_E)}; add.rn.f32 s, s, {_constant(INTEGER)}; "
-        f"sub.rn.f32 n, s, {_constant(INTEGER)}; fma.rn.f32 r, n, {_constant(-LN2_HIGH)}, {{$r0}}; "
-        f"mul.rn.f32 q, n, {_constant(LN2_LOW)}; sub.rn.f32 r, r, q; mov.f32 y, {_constant(EXP[-1])}; {horner}"
-        "mul.rn.f32 q, r, r; mul.rn.f32 y, y, q; add.rn.f32 y, y, r; "
-        f"add.rn.f32 y, y, {_constant(1.0)}; "
-        # The last bits of s are those of the integer; of a NaN, which y is too, any
-        "mov.b32 e, s; shl.b32 e, e, 23; add.u32 e, e, 0x3F800000; mov.b32 q, e; mul.rn.f32 y, y, q; "
+        "{ .reg .f32 s, n, f, y; .reg .b32 e, p; .reg .pred small; "
+        f"fma.rn.f32 s, {{$r0}}, {_constant(LOG2_E)}, {_constant(INTEGER)}; sub.rn.f32 n, s, {_constant(INTEGER)}; "
+        f"neg.f32 n, n; fma.rn.f32 f, {{$r0}}, {_constant(LOG2_E)}, n; mov.f32 y, {_constant(EXP2[-1])}; {horner}"
+        # The last bits of s are those of the integer
+        "mov.b32 e, s; shl.b32 e, e, 23; mov.b32 p, y; add.u32 p, p, e; mov.b32 y, p; "
         f"setp.lt.f32 small, {{$r0}}, {_constant(LEAST)}; selp.f32 {{$w0}}, {_constant(0.0)}, y, small; }}"
     )
 
@@ -47,8 +42,14 @@ EXPONENTIAL = _exponential()
 
 
 def exponential(x: Float32) -> Float32:
-    """e^x for x from -inf to 0."""
+    """e^x for x from -inf to 0; of a NaN any number."""
     return inline_ptx(EXPONENTIAL, write_only_types=[Float32], read_only_args=[x])
+
+
+def weights(gates: list[Float32], largest: Float32) -> list[Float32]:
+    """Of rows; ``largest`` is NaN where the gate of any row is, and the first weight then too."""
+    found = [exponential(ptx.sub(gate, largest)) for gate in gates]
+    return [ptx.add(found[0], ptx.sub(largest, largest)), *found[1:]]
 
 
 def ordered(x: Float32) -> Int32:

@@ -3,6 +3,8 @@ crosses warps. As many groups of warps as there are take turns with the units.""
 
 from __future__ import annotations
 
+import functools
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -190,11 +192,8 @@ class Short(Feed):
                     gates[r * columns + i] = row.choose(r >= old, fresh_gate, gates[r * columns + i])
         for i in cutlass.range_constexpr(columns):
             own = [gates[r * columns + i] for r in range(rows)]
-            largest = own[0]
-            for gate in own[1:]:
-                largest = ptx.maximum(largest, gate)
-            for r in cutlass.range_constexpr(rows):
-                gates[r * columns + i] = row.exponential(ptx.sub(own[r], largest))
+            for r, weight in enumerate(row.weights(own, functools.reduce(ptx.maximum_nan, own))):
+                gates[r * columns + i] = weight
         # Values a few rows at a time: the first and second half's, which are added first
         products, count = [], rows // 2
         values = cute.make_rmem_tensor((2 * columns,), Float32)

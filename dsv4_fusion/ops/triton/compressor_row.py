@@ -37,15 +37,14 @@ def wide(x):
 @triton.jit
 def exponential(x):
     """e^x for x from -inf to 0; the constants are those of ``exp_ref``. What comes out below -87 is replaced."""
-    shifted = x * 1.4426950216293335 + 12582912.0  # its last bits are those of the integer n
+    shifted = tl.fma(x, 1.4426950216293335, 12582912.0)  # its last bits are those of the integer n
     n = shifted - 12582912.0
-    r = tl.fma(n, -0.693359375, x) - n * -0.00021219444170128554  # the first product is exact: fused, the same bits
-    y = r * 0.00019899391918443143 + 0.0013933733571320772
-    y = y * r + 0.0083332983776927
-    y = y * r + 0.041666463017463684
-    y = y * r + 0.1666666716337204
-    y = y * r + 0.5
-    y = (y * (r * r) + r) + 1.0
+    f = tl.fma(x, 1.4426950216293335, -n)
+    y = tl.fma(f, 0.001326472731307149, 0.009671512991189957)
+    y = tl.fma(y, f, 0.05550733581185341)
+    y = tl.fma(y, f, 0.24022242426872253)
+    y = tl.fma(y, f, 0.6931470036506653)
+    y = tl.fma(y, f, 1.0)
     power = ((_bits(shifted) << 23) + (127 << 23)).to(tl.float32, bitcast=True)  # of a NaN, which y is too, any
     return tl.where(x < -87.0, 0.0, y * power)
 
