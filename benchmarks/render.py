@@ -2,7 +2,7 @@
 
     python benchmarks/render.py            write them
     python benchmarks/render.py --check    exit 1 if they are out of date
-    python benchmarks/render.py --plot     draw benchmarks/results/<gpu>/<work>.png, time over T (needs matplotlib)
+    python benchmarks/render.py --plot     draw benchmarks/results/<gpu>/<work>.png, time over tokens (needs matplotlib)
 
 A table stands between ``<!-- table: WORK KEY=VALUE … -->`` and ``<!-- end -->``. A key is a parameter of the rows
 (``D=4096``, ``timer=graph``; ``gpu`` is the folder's name), or one of
@@ -35,6 +35,7 @@ README = ROOT / "README.md"
 TABLE = re.compile(r"(<!-- table: (?P<spec>[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 RATIO = re.compile(r"(<!-- ratio: (?P<spec>[^\n]*?) -->)[^\n]*?(<!-- end -->)")
 MEASURED = {"us", "kernels", "peak_gib", "compile_s"}  # every other key of a row says what was measured
+TOKENS = ("T", "M")  # what counts them
 FILE_KEYS = {"gpu", "date", "commit", "versions", "rows"}
 FIRST, LAST = ["eager", "inductor"], ["ours", "floor"]  # the order of impl; the peers come between, by name
 TITLES = {"us": "{unit}", "peak_gib": "peak GiB", "compile_s": "compile s"}
@@ -163,36 +164,48 @@ def render(text: str, rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], results: Path) -> list[Path]:
-    """One picture per GPU and work: time over T, a panel for each set of the other parameters."""
+    """One picture per GPU and work: time over tokens, a panel for each set of the other parameters.
+
+    Graph replay and single launches, which take over where the one ends, are one line; the CPU's time is left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     written = []
-    timed = [row for row in rows if "T" in row and "us" in row and row["T"] > 0]
+    timed = [row for row in rows if _tokens(row) and "us" in row and row.get("timer") != "wall"]
     for gpu, work in sorted({(row["gpu"], row["work"]) for row in timed}):
-        panels: dict[str, dict[str, list]] = {}
+        panels: dict[str, dict[str, dict[int, float]]] = {}
         for row in timed:
             if (row["gpu"], row["work"]) == (gpu, work):
-                fixed = row.keys() - MEASURED - {"file", "gpu", "work", "impl", "T"}
+                fixed = row.keys() - MEASURED - {"file", "gpu", "work", "impl", "timer", *TOKENS}
                 panel = panels.setdefault(", ".join(f"{key}={row[key]}" for key in sorted(fixed)), {})
-                panel.setdefault(row["impl"], []).append((row["T"], row["us"]))
-        figure, axes = pyplot.subplots(
-            1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained"
-        )
-        for axis, (name, lines) in zip(axes[0], sorted(panels.items()), strict=True):
+                panel.setdefault(row["impl"], {})[_tokens(row)] = row["us"]
+        panels = {name: lines for name, lines in panels.items() if max(map(len, lines.values())) > 1}
+        if not panels:  # points, and no lines
+            continue
+        wide = min(3, len(panels))
+        high = -(-len(panels) // wide)
+        figure, axes = pyplot.subplots(high, wide, figsize=(5 * wide, 3.6 * high), squeeze=False, layout="constrained")
+        for axis in axes.flat[len(panels) :]:
+            axis.remove()
+        for axis, (name, lines) in zip(axes.flat, sorted(panels.items()), strict=False):
             for impl in order(set(lines)):
                 style = {"color": "black", "linestyle": "--"} if impl == "floor" else {"marker": "."}
-                axis.plot(*zip(*sorted(lines[impl]), strict=True), label=impl, **style)
-            axis.set(xscale="log", yscale="log", xlabel="T (tokens)", ylabel="µs", title=name)
+                axis.plot(*zip(*sorted(lines[impl].items()), strict=True), label=impl, **style)
+            axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="µs", title=name)
             axis.grid(alpha=0.3)
             axis.legend()
         figure.suptitle(f"{work}, {gpu}")
         written.append(results / gpu / f"{work}.png")
-        figure.savefig(written[-1], dpi=100)
+        figure.savefig(written[-1], dpi=80)
         pyplot.close(figure)
     return written
+
+
+def _tokens(row: Row) -> int:
+    return next((row[key] for key in TOKENS if key in row), 0)
 
 
 def main(arguments: list[str] | None = None) -> int:
