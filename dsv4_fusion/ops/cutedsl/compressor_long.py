@@ -166,7 +166,8 @@ class Long(Feed):
             for i, word in enumerate(ptx.load_shared(line, 2)):
                 values[r * columns + i] = ptx.real(word)
         if old <= warp + POOLERS * (rows - 1):
-            cute.arch.sync_warp()  # so that this is jumped over, which predicated instructions are not
+            # Again, in vain: what has a loop is jumped over, and not made of instructions that all warps issue
+            ptx.barrier_wait(self.full(base, stage), (unit // self.stages) & 1)
             for r in cutlass.range_constexpr(rows):
                 new = warp + POOLERS * r >= old
                 line = at + (warp + POOLERS * r) * self.row + 2 * self.size * lane
