@@ -65,8 +65,9 @@ class Feed(State):
         self.stage = -(-(self.meta_at + 16) // 128) * 128
         # A multiple of the groups: one that waits for a stage has then had the unit before in it, and parities suffice
         self.stages = min((SHARED - spare) // self.stage, MOST_STAGES) // groups * groups
-        self.barriers_at = self.stages * self.stage  # full, then empty, of each stage
-        self.spare_at = self.barriers_at + 16 * self.stages
+        self.barriers_at = self.stages * self.stage  # full, then empty, of each stage; and an idle one
+        self.idle_at = self.barriers_at + 16 * self.stages
+        self.spare_at = self.idle_at + 16
         self.bytes = self.spare_at + spare
         self.threads = 32 * (poolers + FEEDERS + savers)
 
@@ -87,6 +88,12 @@ class Feed(State):
         for stage in cutlass.range_constexpr(self.stages):
             ptx.barrier_init(self.full(base, Int32(stage)), 2 * 32 * FEEDERS)
             ptx.barrier_init(self.empty(base, Int32(stage)), self.readers)
+        ptx.barrier_init(base + self.idle_at, 1)
+
+    def rarely(self, base: Int32) -> None:
+        """At the beginning of a branch, so that it is jumped over where it is not taken: what has a loop is not made
+        of predicated instructions, which take as long as others. This one waits for what was before the beginning."""
+        ptx.barrier_wait(base + self.idle_at, Int32(1))
 
     # Rows into shared memory
 

@@ -166,13 +166,13 @@ class Long(Feed):
             for i, word in enumerate(ptx.load_shared(line, 2)):
                 values[r * columns + i] = ptx.real(word)
         if old <= warp + POOLERS * (rows - 1):
-            # Again, in vain: what has a loop is jumped over, and not made of instructions that all warps issue
-            ptx.barrier_wait(self.full(base, stage), (unit // self.stages) & 1)
+            self.rarely(base)
             for r in cutlass.range_constexpr(rows):
                 new = warp + POOLERS * r >= old
-                line = at + (warp + POOLERS * r) * self.row + 2 * self.size * lane
-                gate = row.wide(ptx.load_shared(line + half, self.size // 2), self.bf16)
-                value = row.wide(ptx.load_shared(line, self.size // 2), self.bf16)
+                line = at + (warp + POOLERS * r) * self.row + 4 * lane
+                gate, value = [[x[r * columns + i] for i in range(columns)] for x in (gates, values)]
+                if cutlass.const_expr(self.bf16):
+                    gate, value = [row.wide(ptx.load_shared(line + x, 1), True) for x in (half, 0)]
                 for i in cutlass.range_constexpr(columns):
                     index = r * columns + i
                     gates[index] = row.choose(new, ptx.add(gate[i], bias[index]), gates[index])
