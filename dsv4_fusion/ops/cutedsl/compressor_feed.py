@@ -82,6 +82,11 @@ class Feed(State):
     def empty(self, base: Int32, stage: Int32) -> Int32:
         return base + self.barriers_at + 8 * self.stages + 8 * stage
 
+    def turn(self, unit: Int32) -> tuple[Int32, Int32]:
+        """The stage of a unit, and the parity of its barriers' phases."""
+        unit = Uint32(unit)  # division takes half the instructions then
+        return Int32(unit % self.stages), Int32(unit // self.stages & 1)
+
     @cute.jit
     def begin(self, base: Int32):
         """Barriers, by one thread."""
@@ -178,8 +183,8 @@ class Feed(State):
 
     def _wait(self, base: Int32, unit: Int32) -> Int32:
         """The stage of a unit, empty."""
-        stage = unit % self.stages
-        ptx.barrier_wait(self.empty(base, stage), ((unit // self.stages) & 1) ^ 1)
+        stage, parity = self.turn(unit)
+        ptx.barrier_wait(self.empty(base, stage), parity ^ 1)
         return stage
 
     def _give(self, base: Int32, stage: Int32) -> None:

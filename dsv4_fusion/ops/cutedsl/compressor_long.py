@@ -144,9 +144,9 @@ class Long(Feed):
                 bias[r * columns + i] = value
         unit, going = Int32(0), Int32(1)
         while going != 0:
-            stage = unit % self.stages
+            stage, parity = self.turn(unit)
             at = self.at(base, stage)
-            ptx.barrier_wait(self.full(base, stage), (unit // self.stages) & 1)
+            ptx.barrier_wait(self.full(base, stage), parity)
             _, _, old, kind = ptx.load_shared(at + self.meta_at, 4)
             if kind == STOP:
                 going = Int32(0)
@@ -181,7 +181,7 @@ class Long(Feed):
         if lane == 0:
             ptx.barrier_arrive(self.empty(base, stage))
         # Three buffers: while one is read, the last one is made ready for the unit after the next
-        maxima = base + self.maxima_at + unit % LARGEST * (4 * BLOCK)
+        maxima = base + self.maxima_at + Int32(Uint32(unit) % LARGEST) * (4 * BLOCK)
         for i in cutlass.range_constexpr(columns):
             largest = gates[i]
             for r in cutlass.range_constexpr(1, rows):
@@ -190,7 +190,7 @@ class Long(Feed):
         cute.arch.barrier(barrier_id=14, number_of_threads=32 * POOLERS)
         found = [row.unordered(Int32(word)) for word in ptx.load_shared(maxima + 8 * lane, 2)]
         if warp == 0:
-            ready = base + self.maxima_at + (unit + 2) % LARGEST * (4 * BLOCK)
+            ready = base + self.maxima_at + Int32(Uint32(unit + 2) % LARGEST) * (4 * BLOCK)
             ptx.store_shared(ready + 8 * lane, [Uint32(LEAST)] * 2)
         sums = []
         for i in cutlass.range_constexpr(columns):
@@ -216,9 +216,9 @@ class Long(Feed):
         last = rank == self.cluster - 1
         unit, going = Int32(0), Int32(1)
         while going != 0:
-            stage = unit % self.stages
+            stage, parity = self.turn(unit)
             at = self.at(base, stage)
-            ptx.barrier_wait(self.full(base, stage), (unit // self.stages) & 1)
+            ptx.barrier_wait(self.full(base, stage), parity)
             low, high, _, kind = ptx.load_shared(at + self.meta_at, 4)
             if kind == STOP:
                 going = Int32(0)
@@ -227,11 +227,11 @@ class Long(Feed):
                 cute.arch.sync_warp()
                 if lane == 0:
                     ptx.barrier_arrive(self.empty(base, stage))
-                turn, parity = unit & 1, (unit >> 1) & 1
+                turn, phase = unit & 1, (unit >> 1) & 1
                 exchanged = self._more(base, 2, turn)
                 if lane == 0:
                     ptx.barrier_expect(exchanged, 4 * self.cluster)
-                ptx.barrier_wait(self._more(base, 0, turn), parity)
+                ptx.barrier_wait(self._more(base, 0, turn), phase)
                 x = self._whole(base + self.sums_at + turn * (POOLERS * 8 * BLOCK) + 16 * lane)
                 cute.arch.sync_warp()
                 if lane == 0:
@@ -240,12 +240,11 @@ class Long(Feed):
                 total = row.squares(x)
                 if lane < self.cluster:
                     ptx.send(place + 4 * rank, exchanged, lane, ptx.bits(total))
-                ptx.barrier_wait(exchanged, parity, "cluster")
+                ptx.barrier_wait(exchanged, phase, "cluster")
                 parts = [ptx.real(ptx.load_shared(place + 4 * i, 1)[0]) for i in range(self.cluster)]
                 x = row.norm(x, row.neighbours(parts), factors, self.d, eps)
                 slot = (Int64(high) << 32) | Int64(low)
-                page = cache.iterator.toint() + (slot // self.page_size) * cache.stride[0]
-                inside = slot % self.page_size
+                page, inside = row.place(cache, slot, self.page_size)
                 to = page + inside * (self.d + BLOCK)
                 if last:
                     x = row.rotate(x, *angles, lane >= 0)

@@ -138,9 +138,9 @@ class Short(Feed):
         column = self.per * mine
         unit, going = Int32(group), Int32(1)
         while going != 0:
-            stage = unit % self.stages
+            stage, parity = self.turn(unit)
             at = self.at(base, stage)
-            ptx.barrier_wait(self.full(base, stage), (unit // self.stages) & 1)
+            ptx.barrier_wait(self.full(base, stage), parity)
             low, high, old, kind = ptx.load_shared(at + self.meta_at, 4)
             if kind == STOP:
                 going = Int32(0)
@@ -247,8 +247,7 @@ class Short(Feed):
 
     @cute.jit
     def _store(self, cache, slot, x, mine, column):
-        page = cache.iterator.toint() + (slot // self.page_size) * cache.stride[0]
-        place = slot % self.page_size
+        page, place = row.place(cache, slot, self.page_size)
         d = self.d
         if cutlass.const_expr(self.format == "kv"):
             to = page + place * (d + 64) + Int64(column)
