@@ -109,22 +109,26 @@ class Long(Feed):
             cute.arch.mbarrier_init_fence()
         if thread < LARGEST * BLOCK:
             ptx.store_shared(base + self.maxima_at + 4 * thread, [Uint32(LEAST)])
-        # No block sends before all have their barriers, nor ends before it has what the others send
         cute.arch.sync_threads()
         cute.arch.cluster_arrive_relaxed()
-        cute.arch.cluster_wait()
+        # No block sends before all have their barriers, nor ends before it has what the others send: the warp that does
+        # both waits for that first, the others last, when it has long been so
         if warp < POOLERS:
             self._pool(t, base, begin, warp, lane)
+            cute.arch.cluster_wait()
         else:
             if warp < POOLERS + FEEDERS:
                 self.feed(
                     t, base, warp - POOLERS, lane, begin, Int32(block // self.cluster), Int32(blocks // self.cluster)
                 )
+                cute.arch.cluster_wait()
             else:
                 if warp < POOLERS + FEEDERS + SAVERS:
                     saver = warp - (POOLERS + FEEDERS)
                     self.save(t, lane, Int32(saver * blocks + block), Int32(SAVERS * blocks))
+                    cute.arch.cluster_wait()
                 else:
+                    cute.arch.cluster_wait()
                     self._finish(base, cache, weight, eps, rank, lane)
 
     def _more(self, base: Int32, which: int, turn: Int32) -> Int32:
