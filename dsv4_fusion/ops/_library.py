@@ -54,7 +54,7 @@ class Implementation:
             argument. It may have two attributes that take the same arguments: ``bind`` returns a quicker function of
             the tensors alone, for calls with the same metadata and options; ``prepare`` begins to compile what a call
             with any number of tokens would need, and reads no more than metadata (the tensors may be fake). Without
-            that a call with zeros takes its place, in a thread.
+            that a call with zeros takes its place, in a thread, if the operator writes into no argument.
         limits: called with the operator's arguments; returns why this implementation cannot take them, or None. It
             may depend on shapes, dtypes, strides, devices, options, and addresses modulo 16; not on contents.
         capability: the smallest CUDA compute capability it runs on.
@@ -181,8 +181,9 @@ def _begin(key: Any, run: Callable[[], None]) -> None:
         _rehearsals[key] = compiling().submit(run)
 
 
-def _rehearse(load: Callable[[], Callable[..., Any]], args: tuple, kwargs: dict[str, Any]) -> None:
-    """Begin to compile what a kernel's function will launch: by its ``prepare``, or by a call with zeros."""
+def _rehearse(load: Callable[[], Callable[..., Any]], args: tuple, kwargs: dict[str, Any], writes: bool) -> None:
+    """Begin to compile what a kernel's function will launch: by its ``prepare``, or by a call with zeros, but for one
+    that ``writes`` into its arguments."""
     device = args[0].device
 
     def metadata(value: Any) -> Any:
@@ -207,7 +208,7 @@ def _rehearse(load: Callable[[], Callable[..., Any]], args: tuple, kwargs: dict[
         function = load()
         if hasattr(function, "prepare"):
             function.prepare(*args, **kwargs)
-        else:
+        elif not writes:
             rehearse(("call", key), device, call)
 
     key = repr((load, given, options, device))
@@ -343,8 +344,8 @@ def define(
     def preparing(*args: Any, implementation: str | None = None, **kwargs: Any) -> None:
         if args[0].device.type == "cuda":  # a graph may be looked at without a GPU
             chosen = choose(implementation, args[0].device, args, kwargs)
-            if chosen is not None and "!" not in schema:  # what writes into its arguments is not called for nothing
-                _rehearse(chosen.load, args, kwargs)
+            if chosen is not None:
+                _rehearse(chosen.load, args, kwargs, "!" in schema)
 
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", abstract, lib=_library)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dsv4_fusion import ops
-from dsv4_fusion.ops import _compressor
+from dsv4_fusion.ops import _compressor, _library
 from dsv4_fusion.ops.compressor_cache import record_bytes
 from tests.ops.test_compressor import ROWS, on_gpu
 from tests.ops.test_indexer import assert_same_bits
@@ -314,6 +315,25 @@ def test_bad_options(options, message):
     feed = Feed("compress_hca_insert")
     with pytest.raises(ValueError, match=f"dsv4::compress_hca_insert.*{message}"):
         ops.compress_hca_insert(**feed.call([1, 1, 1, 1]), **{**feed.options, **options})
+
+
+@pytest.mark.parametrize("prepares", [True, False])
+def test_preparation_calls_nothing_that_writes(monkeypatch, prepares):
+    """A kernel's function with ``prepare`` is told the metadata; others are not called with zeros."""
+    prepared, rehearsed = [], []
+    kernel = SimpleNamespace(prepare=lambda *tensors, **options: prepared.append((len(tensors), options)))
+    monkeypatch.setattr(_library.Implementation, "load", lambda self: kernel if prepares else SimpleNamespace())
+    monkeypatch.setattr(_library.Implementation, "unavailable", lambda self, device: None)
+    monkeypatch.setattr(_library, "rehearse", lambda *arguments: rehearsed.append(arguments))
+    monkeypatch.setattr(_library, "_rehearsals", {})
+    insert, given = torch.ops.dsv4.compress_hca_insert.default, Feed("compress_hca_insert", d=512).call([1, 1, 1, 1])
+    tensors = [given[argument.name] for argument in insert._schema.arguments if argument.name in given]
+    with torch._subclasses.FakeTensorMode():
+        fake = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda:0") for x in tensors]
+    _library._preparers[insert](*fake, page_size=4, implementation="cutedsl" if prepares else "triton")
+    (begun,) = _library._rehearsals.values()
+    begun.result()
+    assert prepared == ([(13, {"page_size": 4})] if prepares else []) and not rehearsed
 
 
 # Kernels, by bits

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .._library import compiling
+from .._library import compiling, number
 from . import launch
 
 
@@ -104,7 +104,7 @@ class Insert:
 
     def prepare(self, *tensors, **options) -> None:
         """Begin to compile what any number of tokens will need; the tensors may be fake."""
-        _begin(*self.key(*tensors, **options))
+        _begin(*map(number, self.key(*tensors, **options)))
 
     def bind(self, *tensors, norm_eps=1e-6, **options) -> Callable[..., None]:
         """A function that does this for tensors with the same metadata."""

@@ -19,7 +19,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Int32, Int64, Uint32
 
 from . import ptx
-from .compressor_state import State, halves, whole
+from .compressor_state import State, floored, halves, modulo, whole
 from .launch import DTYPES
 
 FEEDERS = 4  # warps
@@ -65,8 +65,9 @@ class Feed(State):
         self.stage = -(-(self.meta_at + 16) // 128) * 128
         # A multiple of the groups: one that waits for a stage has then had the unit before in it, and parities suffice
         self.stages = min((SHARED - spare) // self.stage, MOST_STAGES) // groups * groups
-        self.barriers_at = self.stages * self.stage  # full, then empty, of each stage
-        self.spare_at = self.barriers_at + 16 * self.stages
+        self.barriers_at = self.stages * self.stage  # full, then empty, of each stage; and an idle one
+        self.idle_at = self.barriers_at + 16 * self.stages
+        self.spare_at = self.idle_at + 16
         self.bytes = self.spare_at + spare
         self.threads = 32 * (poolers + FEEDERS + savers)
 
@@ -81,12 +82,23 @@ class Feed(State):
     def empty(self, base: Int32, stage: Int32) -> Int32:
         return base + self.barriers_at + 8 * self.stages + 8 * stage
 
+    def turn(self, unit: Int32) -> tuple[Int32, Int32]:
+        """The stage of a unit, and the parity of its barriers' phases."""
+        unit = Uint32(unit)  # division takes half the instructions then
+        return Int32(unit % self.stages), Int32(unit // self.stages & 1)
+
     @cute.jit
     def begin(self, base: Int32):
         """Barriers, by one thread."""
         for stage in cutlass.range_constexpr(self.stages):
             ptx.barrier_init(self.full(base, Int32(stage)), 2 * 32 * FEEDERS)
             ptx.barrier_init(self.empty(base, Int32(stage)), self.readers)
+        ptx.barrier_init(base + self.idle_at, 1)
+
+    def rarely(self, base: Int32) -> None:
+        """At the beginning of a branch, so that it is jumped over where it is not taken: what has a loop is not made
+        of predicated instructions, which take as long as others. This one waits for what was before the beginning."""
+        ptx.barrier_wait(base + self.idle_at, Int32(1))
 
     # Rows into shared memory
 
@@ -95,11 +107,11 @@ class Feed(State):
         """Units of requests and blocks number ``first``, ``first + apart``, …; ``begin`` is the first column."""
         tokens, requests, ratio = t.kv.shape[0], t.table.shape[0], self.ratio
         ring = self.n * t.table.shape[1]
-        items = requests + (tokens + ratio - 1) // ratio
-        count = (items - first + apart - 1) // apart
+        items = requests + floored(tokens + ratio - 1, ratio)
         unit = Int32(0)
-        for batch in cutlass.range((count + 31) // 32):
-            index = first + (batch * 32 + lane) * apart
+        while first < items:
+            index = first + lane * apart
+            first = first + 32 * apart
             inside = index < items
             head = index < requests
             # A request's first token is often the one with its number: loads that need not wait come together
@@ -116,7 +128,7 @@ class Feed(State):
             position = Int32(cutlass.select_(elsewhere, Int32(told[0]), position))
             owner = Int64(cutlass.select_(elsewhere, told[1], owner))
             token = Int32(cutlass.select_(head, start, guess))
-            closing = token + (ratio - 1) - position % ratio
+            closing = token + (ratio - 1) - modulo(position, ratio)
             at = position + (closing - token)
             whole = closing - (self.length - 1)
             # Of a window that closes in a block and is whole, the block's first token is one
@@ -139,7 +151,7 @@ class Feed(State):
                     pages.append(self._raw_page(t, index, cutlass.max(place, 0), wanted))
             flags, known = Int32(0), head | ((ends == owner) & (begins == owner))
             for attempt in cutlass.range_constexpr(self.series):
-                angle = (at + attempt * ratio) // ratio * ratio
+                angle = floored(at + attempt * ratio, ratio) * ratio
                 kept = known & tried[attempt] & (slots[attempt] >= 0) & (slots[attempt] < t.end)
                 flags = flags | (Int32(kept & (angle < t.cos.shape[0])) << attempt)
             pages = [self._known(t, page) for page in pages]
@@ -171,8 +183,8 @@ class Feed(State):
 
     def _wait(self, base: Int32, unit: Int32) -> Int32:
         """The stage of a unit, empty."""
-        stage = unit % self.stages
-        ptx.barrier_wait(self.empty(base, stage), ((unit // self.stages) & 1) ^ 1)
+        stage, parity = self.turn(unit)
+        ptx.barrier_wait(self.empty(base, stage), parity ^ 1)
         return stage
 
     def _give(self, base: Int32, stage: Int32) -> None:
@@ -198,7 +210,7 @@ class Feed(State):
                 later = pages[1] if len(pages) > 1 else Int32(-1)
                 page = Int32(cutlass.select_(row < self.ratio, page, later))
         there = Int32((page >= 0) & (place >= 0))
-        offset = Int64(page) * t.state.stride[0] + Int64((place % self.n) * (2 * self.series * self.d) + shift)
+        offset = Int64(page) * t.state.stride[0] + Int64(modulo(place, self.n) * (2 * self.series * self.d) + shift)
         old = t.state_bytes + offset * 4
 
         stage = self._wait(base, unit)
@@ -221,7 +233,7 @@ class Feed(State):
         self._new(t, to, Int64(token + row), shift, count, lane)
         if warp == 0:
             stage_at = self.at(base, stage)
-            angle = Int64((at + attempt * self.ratio) // self.ratio * self.ratio)
+            angle = Int64(floored(at + attempt * self.ratio, self.ratio) * self.ratio)
             chunks = self.angle_bytes // 16
             for step in cutlass.range_constexpr(-(-2 * chunks // 32)):
                 chunk = lane + 32 * step

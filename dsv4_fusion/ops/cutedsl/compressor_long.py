@@ -109,22 +109,26 @@ class Long(Feed):
             cute.arch.mbarrier_init_fence()
         if thread < LARGEST * BLOCK:
             ptx.store_shared(base + self.maxima_at + 4 * thread, [Uint32(LEAST)])
-        # No block sends before all have their barriers, nor ends before it has what the others send
         cute.arch.sync_threads()
         cute.arch.cluster_arrive_relaxed()
-        cute.arch.cluster_wait()
+        # No block sends before all have their barriers, nor ends before it has what the others send: the warp that does
+        # both waits for that first, the others last, when it has long been so
         if warp < POOLERS:
             self._pool(t, base, begin, warp, lane)
+            cute.arch.cluster_wait()
         else:
             if warp < POOLERS + FEEDERS:
                 self.feed(
                     t, base, warp - POOLERS, lane, begin, Int32(block // self.cluster), Int32(blocks // self.cluster)
                 )
+                cute.arch.cluster_wait()
             else:
                 if warp < POOLERS + FEEDERS + SAVERS:
                     saver = warp - (POOLERS + FEEDERS)
                     self.save(t, lane, Int32(saver * blocks + block), Int32(SAVERS * blocks))
+                    cute.arch.cluster_wait()
                 else:
+                    cute.arch.cluster_wait()
                     self._finish(base, cache, weight, eps, rank, lane)
 
     def _more(self, base: Int32, which: int, turn: Int32) -> Int32:
@@ -144,9 +148,9 @@ class Long(Feed):
                 bias[r * columns + i] = value
         unit, going = Int32(0), Int32(1)
         while going != 0:
-            stage = unit % self.stages
+            stage, parity = self.turn(unit)
             at = self.at(base, stage)
-            ptx.barrier_wait(self.full(base, stage), (unit // self.stages) & 1)
+            ptx.barrier_wait(self.full(base, stage), parity)
             _, _, old, kind = ptx.load_shared(at + self.meta_at, 4)
             if kind == STOP:
                 going = Int32(0)
@@ -166,12 +170,13 @@ class Long(Feed):
             for i, word in enumerate(ptx.load_shared(line, 2)):
                 values[r * columns + i] = ptx.real(word)
         if old <= warp + POOLERS * (rows - 1):
-            cute.arch.sync_warp()  # so that this is jumped over, which predicated instructions are not
+            self.rarely(base)
             for r in cutlass.range_constexpr(rows):
                 new = warp + POOLERS * r >= old
-                line = at + (warp + POOLERS * r) * self.row + 2 * self.size * lane
-                gate = row.wide(ptx.load_shared(line + half, self.size // 2), self.bf16)
-                value = row.wide(ptx.load_shared(line, self.size // 2), self.bf16)
+                line = at + (warp + POOLERS * r) * self.row + 4 * lane
+                gate, value = [[x[r * columns + i] for i in range(columns)] for x in (gates, values)]
+                if cutlass.const_expr(self.bf16):
+                    gate, value = [row.wide(ptx.load_shared(line + x, 1), True) for x in (half, 0)]
                 for i in cutlass.range_constexpr(columns):
                     index = r * columns + i
                     gates[index] = row.choose(new, ptx.add(gate[i], bias[index]), gates[index])
@@ -180,7 +185,7 @@ class Long(Feed):
         if lane == 0:
             ptx.barrier_arrive(self.empty(base, stage))
         # Three buffers: while one is read, the last one is made ready for the unit after the next
-        maxima = base + self.maxima_at + unit % LARGEST * (4 * BLOCK)
+        maxima = base + self.maxima_at + Int32(Uint32(unit) % LARGEST) * (4 * BLOCK)
         for i in cutlass.range_constexpr(columns):
             largest = gates[i]
             for r in cutlass.range_constexpr(1, rows):
@@ -189,7 +194,7 @@ class Long(Feed):
         cute.arch.barrier(barrier_id=14, number_of_threads=32 * POOLERS)
         found = [row.unordered(Int32(word)) for word in ptx.load_shared(maxima + 8 * lane, 2)]
         if warp == 0:
-            ready = base + self.maxima_at + (unit + 2) % LARGEST * (4 * BLOCK)
+            ready = base + self.maxima_at + Int32(Uint32(unit + 2) % LARGEST) * (4 * BLOCK)
             ptx.store_shared(ready + 8 * lane, [Uint32(LEAST)] * 2)
         sums = []
         for i in cutlass.range_constexpr(columns):
@@ -215,9 +220,9 @@ class Long(Feed):
         last = rank == self.cluster - 1
         unit, going = Int32(0), Int32(1)
         while going != 0:
-            stage = unit % self.stages
+            stage, parity = self.turn(unit)
             at = self.at(base, stage)
-            ptx.barrier_wait(self.full(base, stage), (unit // self.stages) & 1)
+            ptx.barrier_wait(self.full(base, stage), parity)
             low, high, _, kind = ptx.load_shared(at + self.meta_at, 4)
             if kind == STOP:
                 going = Int32(0)
@@ -226,11 +231,11 @@ class Long(Feed):
                 cute.arch.sync_warp()
                 if lane == 0:
                     ptx.barrier_arrive(self.empty(base, stage))
-                turn, parity = unit & 1, (unit >> 1) & 1
+                turn, phase = unit & 1, (unit >> 1) & 1
                 exchanged = self._more(base, 2, turn)
                 if lane == 0:
                     ptx.barrier_expect(exchanged, 4 * self.cluster)
-                ptx.barrier_wait(self._more(base, 0, turn), parity)
+                ptx.barrier_wait(self._more(base, 0, turn), phase)
                 x = self._whole(base + self.sums_at + turn * (POOLERS * 8 * BLOCK) + 16 * lane)
                 cute.arch.sync_warp()
                 if lane == 0:
@@ -239,12 +244,11 @@ class Long(Feed):
                 total = row.squares(x)
                 if lane < self.cluster:
                     ptx.send(place + 4 * rank, exchanged, lane, ptx.bits(total))
-                ptx.barrier_wait(exchanged, parity, "cluster")
+                ptx.barrier_wait(exchanged, phase, "cluster")
                 parts = [ptx.real(ptx.load_shared(place + 4 * i, 1)[0]) for i in range(self.cluster)]
                 x = row.norm(x, row.neighbours(parts), factors, self.d, eps)
                 slot = (Int64(high) << 32) | Int64(low)
-                page = cache.iterator.toint() + (slot // self.page_size) * cache.stride[0]
-                inside = slot % self.page_size
+                page, inside = row.place(cache, slot, self.page_size)
                 to = page + inside * (self.d + BLOCK)
                 if last:
                     x = row.rotate(x, *angles, lane >= 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.cute.arch import inline_ptx
 
 from .._compressor import AMAX_FLOOR, EXP2, INTEGER, LEAST, LOG2_E
@@ -126,6 +126,12 @@ def bf16_words(x: list[Float32]) -> list[Uint32]:
         word = ptx.select(low > Uint32(INFINITY), (word & Uint32(0xFFFF0000)) | Uint32(0x7FC0), word)
         words.append(ptx.select(high > Uint32(INFINITY), (word & Uint32(0xFFFF)) | Uint32(0x7FC00000), word))
     return words
+
+
+def place(cache, slot: Int64, page_size: int) -> tuple[Int64, Int64]:
+    """The address of a slot's page, which has a power of two of them, and its number there."""
+    page = slot >> (page_size.bit_length() - 1)
+    return cache.iterator.toint() + page * cache.stride[0], slot & (page_size - 1)
 
 
 def _largest(x: list[Float32], lanes: int) -> Uint32:

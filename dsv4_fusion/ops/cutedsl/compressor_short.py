@@ -138,9 +138,9 @@ class Short(Feed):
         column = self.per * mine
         unit, going = Int32(group), Int32(1)
         while going != 0:
-            stage = unit % self.stages
+            stage, parity = self.turn(unit)
             at = self.at(base, stage)
-            ptx.barrier_wait(self.full(base, stage), (unit // self.stages) & 1)
+            ptx.barrier_wait(self.full(base, stage), parity)
             low, high, old, kind = ptx.load_shared(at + self.meta_at, 4)
             if kind == STOP:
                 going = Int32(0)
@@ -176,51 +176,60 @@ class Short(Feed):
 
     @cute.jit
     def _pooled(self, base, at, old, mine):
-        """Sums of products and of weights."""
+        """Sums of products and of weights. The last row is of this call; that others are too is told apart."""
         rows, columns, half = self.length, self.per, 4 * self.columns
-        old_at, new_at, words = 4 * columns * mine, self.size * columns * mine, self.size * columns // 4
         gates = cute.make_rmem_tensor((rows * columns,), Float32)
-        for r in cutlass.range_constexpr(rows):
-            for i, word in enumerate(ptx.load_shared(at + (r * self.row + half) + old_at, columns)):
+        num = cute.make_rmem_tensor((columns,), Float32)
+        for r in cutlass.range_constexpr(rows - 1):
+            for i, word in enumerate(ptx.load_shared(at + (r * self.row + half) + 4 * columns * mine, columns)):
                 gates[r * columns + i] = ptx.real(word)
-        if old < rows:
-            for r in cutlass.range_constexpr(rows):
-                fresh = row.wide(ptx.load_shared(at + (r * self.row + half) + new_at, words), self.bf16)
-                bias = ptx.load_shared(base + self.bias_at + r * half + old_at, columns)
-                for i in cutlass.range_constexpr(columns):
-                    fresh_gate = ptx.add(fresh[i], ptx.real(bias[i]))
-                    gates[r * columns + i] = row.choose(r >= old, fresh_gate, gates[r * columns + i])
+        for i, gate in enumerate(self._new_gates(base, at, rows - 1, mine)):
+            gates[(rows - 1) * columns + i] = gate
+        if old < rows - 1:
+            self.rarely(base)
+            for r in cutlass.range_constexpr(rows - 1):
+                for i, gate in enumerate(self._new_gates(base, at, r, mine)):
+                    gates[r * columns + i] = row.choose(r >= old, gate, gates[r * columns + i])
         for i in cutlass.range_constexpr(columns):
             own = [gates[r * columns + i] for r in range(rows)]
             for r, weight in enumerate(row.weights(own, functools.reduce(ptx.maximum_nan, own))):
                 gates[r * columns + i] = weight
-        # Values a few rows at a time: the first and second half's, which are added first
-        products, count = [], rows // 2
-        values = cute.make_rmem_tensor((2 * columns,), Float32)
-        for r in cutlass.range_constexpr(count):
-            for part in cutlass.range_constexpr(2):
-                line = at + (r + part * count) * self.row
-                for i, word in enumerate(ptx.load_shared(line + old_at, columns)):
-                    values[part * columns + i] = ptx.real(word)
-            if old < rows:
-                for part in cutlass.range_constexpr(2):
-                    line = at + (r + part * count) * self.row
-                    fresh = row.wide(ptx.load_shared(line + new_at, words), self.bf16)
-                    for i in cutlass.range_constexpr(columns):
-                        index = part * columns + i
-                        values[index] = row.choose(r + part * count >= old, fresh[i], values[index])
-            products.append(
-                [
-                    ptx.add(
-                        ptx.mul(gates[r * columns + i], values[i]),
-                        ptx.mul(gates[(r + count) * columns + i], values[columns + i]),
-                    )
-                    for i in range(columns)
-                ]
-            )
-        num = [row.tree([product[i] for product in products]) for i in range(columns)]
+        if old < rows - 1:
+            self.rarely(base)
+            self._sum(at, old, mine, gates, num, False)
+        else:
+            self._sum(at, old, mine, gates, num, True)
         den = [row.tree([gates[r * columns + i] for r in range(rows)]) for i in range(columns)]
-        return num, den
+        return [num[i] for i in range(columns)], den
+
+    def _new_gates(self, base, at, r: int, mine) -> list[Float32]:
+        """A row of this call, with the bias."""
+        columns, half = self.per, 4 * self.columns
+        words = ptx.load_shared(at + (r * self.row + half) + self.size * columns * mine, self.size * columns // 4)
+        bias = ptx.load_shared(base + self.bias_at + r * half + 4 * columns * mine, columns)
+        fresh = row.wide(words, self.bf16)
+        return [ptx.add(gate, ptx.real(word)) for gate, word in zip(fresh, bias, strict=True)]
+
+    def _sum(self, at, old, mine, weights, num, usual: bool) -> None:
+        """The sum of the products; ``usual`` if only the last row is of this call."""
+        rows, columns, count = self.length, self.per, self.length // 2
+        products = []
+        for r in range(count):  # a few rows at a time: the first and second half's, which are added first
+            terms = []
+            for row_ in (r, r + count):
+                line = at + row_ * self.row
+                new_at, words = line + self.size * columns * mine, self.size * columns // 4
+                if row_ == rows - 1:
+                    values = row.wide(ptx.load_shared(new_at, words), self.bf16)
+                else:
+                    values = row.wide(ptx.load_shared(line + 4 * columns * mine, columns), False)
+                    if self.bf16 and not usual:
+                        fresh = row.wide(ptx.load_shared(new_at, words), self.bf16)
+                        values = [row.choose(row_ >= old, a, b) for a, b in zip(fresh, values, strict=True)]
+                terms.append([ptx.mul(weights[row_ * columns + i], values[i]) for i in range(columns)])
+            products.append([ptx.add(a, b) for a, b in zip(*terms, strict=True)])
+        for i in range(columns):
+            num[i] = row.tree([product[i] for product in products])
 
     def _angles(self, at: Int32, column: Int32) -> list[list[Float32]]:
         """Cosines and sines of a thread's pairs; of columns that are not rotated, any."""
@@ -238,8 +247,7 @@ class Short(Feed):
 
     @cute.jit
     def _store(self, cache, slot, x, mine, column):
-        page = cache.iterator.toint() + (slot // self.page_size) * cache.stride[0]
-        place = slot % self.page_size
+        page, place = row.place(cache, slot, self.page_size)
         d = self.d
         if cutlass.const_expr(self.format == "kv"):
             to = page + place * (d + 64) + Int64(column)

@@ -25,7 +25,7 @@ class State:
     def _raw_page(self, t, request: Int32, position: Int32, wanted) -> Int64:
         """What the table has for a request's token, -1 if it is not ``wanted``."""
         size = t.table.element_type.width // 8
-        column = Int64(position // self.n % t.table.shape[1])
+        column = Int64(Uint32(floored(position, self.n)) % Uint32(t.table.shape[1]))
         offset = Int64(request) * t.table.stride[0] + column * t.table.stride[1]
         return ptx.load_integer(t.table.iterator.toint() + offset * size, size, wanted, -1)
 
@@ -40,7 +40,7 @@ class State:
 
     def _before(self, closes, position: Int32) -> Int32:
         """How many rows of the state are read for a request whose tokens begin at ``position``."""
-        most = cutlass.min(position, (self.length - self.ratio) + position % self.ratio)
+        most = cutlass.min(position, (self.length - self.ratio) + modulo(position, self.ratio))
         return Int32(cutlass.select_(closes, most, Int32(0)))
 
     @cute.jit
@@ -48,9 +48,9 @@ class State:
         """Tokens number ``first``, ``first + apart``, … into the state, but for those that :meth:`_tail` writes."""
         tokens, requests = t.kv.shape[0], t.table.shape[0]
         ring = self.n * t.table.shape[1]
-        count = (tokens - first + apart - 1) // apart
-        for batch in cutlass.range((count + 31) // 32):
-            token = first + (batch * 32 + lane) * apart
+        while first < tokens:
+            token = first + lane * apart
+            first = first + 32 * apart
             request = self._read(t.requests, token, token < tokens, -1)
             position = Int32(self._read(t.positions, token, token < tokens, 0))
             mine = (request >= 0) & (request < Int64(requests)) & (position >= 0)
@@ -59,7 +59,7 @@ class State:
             start = Int32(self._read(t.starts, row, mine, 0))
             after = cutlass.min(Int32(self._read(t.starts, row + 1, mine, 0)), tokens)
             begun = position - (token - start)
-            before = self._before(start + (self.ratio - 1) - begun % self.ratio < after, begun)
+            before = self._before(start + (self.ratio - 1) - modulo(begun, self.ratio) < after, begun)
             left = (token - start) % ring >= ring - before
             wanted = mine & (token + ring >= after) & ~left
             page = Int32(cutlass.select_(wanted, self._known(t, page), Int32(-1)))
@@ -68,9 +68,9 @@ class State:
     @cute.jit
     def _keep(self, t, lane, begin, columns, page, token, position):
         """The tokens of lanes, if a page is given, into the state: some columns of each series from ``begin`` on."""
-        offset = Int64(page) * t.state.stride[0] + Int64((position % self.n) * (2 * self.series * self.d))
+        offset = Int64(page) * t.state.stride[0] + Int64(modulo(position, self.n) * (2 * self.series * self.d))
         low, high = halves(offset * 4)
-        line = position % self.ratio
+        line = modulo(position, self.ratio)
         todo = Uint32(cute.arch.vote_ballot_sync(page >= 0))
         steps = -(-columns // 128)
         most = 4 if self.bf16 else 2  # loads under way at a time, for which there are registers
@@ -113,6 +113,16 @@ class State:
         gate = ptx.load(t.gate_bytes + token * t.gate_step + shift, self.size, ptx.STREAMED)
         size = 2 if t.bias_bf16 else 4
         return kv, gate, ptx.load(t.bias_bytes + Int64(line) * t.bias_step + Int64(column * size), size)
+
+
+def floored(value: Int32, by: int) -> Int32:
+    """Divided by a constant, rounded down."""
+    return value >> (by.bit_length() - 1) if by & (by - 1) == 0 else value // by
+
+
+def modulo(value: Int32, by: int) -> Int32:
+    """The rest."""
+    return value & (by - 1) if by & (by - 1) == 0 else value % by
 
 
 def halves(value: Int64) -> tuple[Int32, Int32]:
