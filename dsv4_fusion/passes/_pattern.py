@@ -193,9 +193,18 @@ def _size(value: int) -> tuple[int, tuple[str, ...]]:
     return value, tuple(names)
 
 
+def number(size: Any) -> int | None:
+    """A size as the integer that it is, or None: guards can make one of a size that is still written as a symbol."""
+    if isinstance(size, torch.SymInt):
+        return size.node.maybe_as_int()
+    return size if isinstance(size, int) else None
+
+
 def _value(argument: Any) -> Any:
     """An argument of a graph's node as a number, where it is one."""
-    return argument.meta.get("val", argument) if isinstance(argument, Node) else argument
+    value = argument.meta.get("val", argument) if isinstance(argument, Node) else argument
+    known = number(value) if isinstance(value, torch.SymInt) else None
+    return value if known is None else known
 
 
 def _operator(node: Node) -> str:

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .. import ops
 from ..ops._compressor import BLOCK
 from ._deepseek import compress, round_nope
-from ._pattern import SIZES, Computation, Fusion, Trace
+from ._pattern import SIZES, Computation, Fusion, Trace, number
 
 aten = torch.ops.aten
 _FAR = 64  # nodes looked at around a site
@@ -168,21 +168,41 @@ def _shape(node: Node) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
+def _rows(node: Node) -> int | None:
+    """How many rows the windows [B, W, rows, d] have.
+
+    Where S is symbolic, PyTorch may write S // (S // 4) for the 4 that the sequence was divided by: the view has it.
+    """
+    for _ in range(_NEAR):
+        shape = _shape(node)
+        if len(shape) != 4:
+            return None
+        if (rows := number(shape[2])) is not None:
+            return rows
+        if node.target is aten.view.default:
+            return number(node.args[1][2])
+        if node.target is aten.cat.default and node.args[1] == 2:
+            parts = [_rows(part) for part in node.args[0]]
+            return None if None in parts else sum(parts)
+        node = next((source for source in node.all_input_nodes if len(_shape(source)) == 4), node)
+    return None
+
+
 def _windows(node: Node) -> tuple[int, int] | None:
     """Rows and dims, if ``node`` is the largest gate of the windows of [B, W, rows, d].
 
     Over another dimension it is one if what it weighs is summed over the rows all the same.
     """
-    gates = node.args[0].meta["val"]
-    if gates.dim() != 4 or not all(isinstance(size, int) for size in gates.shape[2:]):
+    shape = _shape(node.args[0])
+    rows, d = (_rows(node.args[0]), number(shape[3])) if len(shape) == 4 else (None, None)
+    if rows is None or d is None:
         return None
-    rows, d = gates.shape[2:]
 
     def pooled(at: Node) -> bool:
         if at.target is not aten.sum.dim_IntList or list(at.args[1]) != [2]:
             return False
-        shape = _shape(at.args[0])
-        return len(shape) == 4 and len(_shape(at)) == 3 and shape[2] == rows and shape[3] == d
+        summed = at.args[0]
+        return len(_shape(summed)) == 4 and len(_shape(at)) == 3 and (_rows(summed), number(_shape(at)[2])) == (rows, d)
 
     return (rows, d) if list(node.args[1]) == [2] or _around(node, _users, pooled) is not None else None
 
@@ -197,15 +217,15 @@ def _rotated(node: Node, d: int) -> tuple[bool, int] | None:
         return at.target is aten.slice.Tensor and isinstance(at.args[2], int) and at.args[2] < 0
 
     turned = _around(node, _users, lambda at: getattr(at.meta.get("val"), "dtype", None) == torch.complex64)
-    joined = _around(node, _users, lambda at: at.target is aten.cat.default and _shape(at)[-1] == d)
+    joined = _around(node, _users, lambda at: at.target is aten.cat.default and number(_shape(at)[-1]) == d)
     last = _around(node, _users, tail)
     if turned is not None:
-        rope = 2 * turned.meta["val"].shape[-1]
+        rope = 2 * (number(_shape(turned)[-1]) or 0)
     elif joined is not None and isinstance(joined.args[0][-1], Node):
-        rope = joined.args[0][-1].meta["val"].shape[-1]
+        rope = number(_shape(joined.args[0][-1])[-1]) or 0
     else:
         rope = -last.args[2] if last is not None else 0
-    return (turned is not None, rope) if isinstance(rope, int) and 2 <= rope < d else None
+    return (turned is not None, rope) if 2 <= rope < d else None
 
 
 def _hugging_face_sites(overlap: bool, node: Node) -> Iterator[Windows]:
