@@ -89,12 +89,15 @@ class Computation:
         structures: yields the structures a site may have, likeliest first; nothing if the node is no site.
         trace: from a structure to what is to be traced.
         fusions: the cuts, largest first.
+        unplaced: asked of a node of which ``structures`` made nothing: why, where it stands in a site all the same by
+            the operators around it; None where it is no site. A site of an unknown structure is reported by this alone.
     """
 
     anchor: torch._ops.OpOverload
     structures: Callable[[Node], Iterable[Hashable]]
     trace: Callable[[Any], Trace]
     fusions: tuple[Fusion, ...]
+    unplaced: Callable[[Node], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Failure:
     share: float  # of the pattern's nodes found
     reason: str
     anchor: Node
-    pattern: Pattern
+    pattern: Pattern | None  # None where the structure is unknown
     node: Node | None = None  # the graph's node that differs, or has an extra user
     part: bool = False  # whether a part of it was fused
 

@@ -25,6 +25,7 @@ from ._deepseek import compress, round_nope
 from ._pattern import SIZES, Computation, Fusion, Trace, number
 
 aten = torch.ops.aten
+_CAST = torch.ops.prims.convert_element_type.default
 _FAR = 64  # nodes looked at around a site
 _NEAR = 16  # and for what stands next to it
 _SCALARS = {"norm_eps": 0.0537}
@@ -297,6 +298,35 @@ def _deepseek_sites(overlap: bool, node: Node) -> Iterator[Windows]:
         yield Windows(d, rows // (1 + overlap), rope, mode, single, fp32, fp32, fp32, dtype)
 
 
+_PADDING = (aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default)
+
+
+def _unplaced(overlap: bool, node: Node) -> str | None:
+    """Why ``node`` is no site, if it is the largest gate of a pooling by operators: softmax, weighted sum, RMSNorm."""
+    if overlap != (_around(node, _sources, lambda at: at.target in _PADDING) is not None):
+        return None
+    at, steps = node, [aten.sub.Tensor, aten.exp.default, aten.div.Tensor, aten.mul.Tensor, aten.sum.dim_IntList]
+    steps += [aten.pow.Tensor_Scalar, aten.mean.dim]
+    while steps:
+        step = next((user for user in at.users if user.target is steps[0]), None)
+        if step is not None:
+            at, steps = step, steps[1:]
+            continue
+        at = next((user for user in at.users if user.target is _CAST), None)
+        if at is None:
+            return None
+    gates = f"the gates' shape is {list(_shape(node.args[0]))}"
+    found = _windows(node)
+    if found is None:
+        return f"{gates}, expected [B, windows, rows, d] with known rows and d"
+    if overlap and found[0] % 2:
+        return f"{gates}, expected an even number of rows, of two series"
+    rotated = _rotated(node, found[1])
+    if rotated is None:
+        return "no rotation of the last dims of its entries was found"
+    return f"its entries are rotated as {'complex numbers' if rotated[0] else 'pairs'}, in a form that is not known"
+
+
 def _complex(operator: Callable[..., Tensor], rounded: bool) -> Callable[..., Tensor]:
     """``operator`` for angles as complex numbers [W, R / 2], shared by the batch."""
 
@@ -339,7 +369,13 @@ COMPUTATIONS = (
     ),
     Computation(aten.amax.default, functools.partial(_hugging_face_sites, False), _hugging_face, COMPRESS_HCA),
     *(
-        Computation(aten.amax.default, functools.partial(_deepseek_sites, "csa" in name), _deepseek, DEEPSEEK[name])
-        for name in DEEPSEEK
+        Computation(
+            aten.amax.default,
+            functools.partial(_deepseek_sites, overlap),
+            _deepseek,
+            DEEPSEEK[name],
+            functools.partial(_unplaced, overlap),
+        )
+        for name, overlap in (("compress_csa", True), ("compress_hca", False))
     ),
 )
