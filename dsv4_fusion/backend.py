@@ -98,23 +98,35 @@ def explain(
     """
     if not callable(model):
         raise TypeError(f"explain takes an nn.Module or a function, got {type(model).__name__}")
+    from ._tracing import quickly, without_values
     from .passes._manager import FusionError
 
     ours, patches = _split(None, options)
     report = Report()
 
+    def reported(found: Report) -> None:
+        report.add(found)
+        raise _Reported
+
     def tracing_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         loose = dataclasses.replace(ours, strict=False, reference=True)
-        return _compile(gm, example_inputs, loose, patches, report.add, run_graph=True)
+        try:
+            return _compile(gm, example_inputs, loose, patches, reported, run_graph=True)
+        except _Reported:
+            return without_values(gm)
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=tracing_backend, dynamic=dynamic)
-    with torch.no_grad(), _constants_of_any_device():
+    with torch.no_grad(), _constants_of_any_device(), quickly():
         compiled(*args, **kwargs)
     torch._dynamo.reset()
     if len(report.sites) < int(ours.strict):
         raise FusionError(f"strict: {int(ours.strict)} fused sites wanted, found {len(report.sites)}\n{report}")
     return report
+
+
+class _Reported(Exception):
+    """Ends a compilation whose report is there: what Inductor does afterwards is not looked at."""
 
 
 @contextlib.contextmanager
