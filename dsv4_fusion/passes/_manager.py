@@ -112,8 +112,8 @@ class FusionPass(CustomGraphPass):
         asked = fp8_linear.COMPUTATIONS if self.options.fp8_linear is not None else ()
         for computation in (*COMPUTATIONS, *asked):
             for anchor in graph.find_nodes(op="call_function", target=computation.anchor):
-                if anchor in claimed or "val" not in anchor.meta:
-                    continue
+                if anchor in claimed or anchor not in order or "val" not in anchor.meta:
+                    continue  # not in order: a replacement's own, as the quantiser of the keys
                 result = self.first_match(computation, anchor, claimed, traced)
                 if isinstance(result, Failure):
                     failures.append(result)
