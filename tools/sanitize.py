@@ -82,9 +82,11 @@ def indexer_scores() -> None:
             tensors, _ = scores.paged(format, 3, some, 64)
             given = on_gpu({**tensors, "block_table": tensors["block_table"] - 3})  # some outside the cache
             given["lengths"] += 100  # beyond the table
-            ops.indexer_scores_paged(**given)
+            ops.indexer_scores_paged(**given, implementation=implementation)
+            ops.indexer_topk_paged(**given, top_k=40, implementation=implementation)
+            ops.indexer_scores_paged(**given, max_length=131, dtype=torch.bfloat16, implementation=implementation)
             torch.cuda.synchronize()
-            print("indexer_scores_paged", format, some, flush=True)
+            print("indexer_scores_paged, indexer_topk_paged", format, some, flush=True)
 
 
 def compressor() -> None:
@@ -107,10 +109,19 @@ def compressor() -> None:
     print("kv_load", flush=True)
 
 
+def compressor_cutedsl() -> None:
+    cases = [(name, pages.in_pieces, case) for name in pages.INSERTS for case in pages.KERNEL_CASES[:3]]
+    cases += [("compress_hca_insert", split, pages.LONG) for split in (pages.in_long_pieces, pages.all_but_one)]
+    for name, split, changes in cases:
+        pages.check(name, split, "cutedsl", on_gpu, **changes)
+        torch.cuda.synchronize()
+        print(name, split.__name__, changes, flush=True)
+
+
 PARTS = {
     "triton": (hyper_connections, compressor, indexer, fp8_linear, indexer_scores),
     "tilelang": (hyper_connections,),
-    "cutedsl": (indexer, fp8_linear, indexer_scores),
+    "cutedsl": (compressor_cutedsl, indexer, fp8_linear, indexer_scores),
 }
 for part in PARTS[implementation]:
     if len(sys.argv) < 3 or part.__name__ in sys.argv[2:]:

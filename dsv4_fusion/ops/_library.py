@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from ._plans import Plans
+
 logger = logging.getLogger("dsv4_fusion")
 
 NAMESPACE = "dsv4"
@@ -34,8 +36,6 @@ COMPILERS = {  # implementation: modules it needs
     "tilelang": ("tilelang",),
     "cutedsl": ("cutlass", "tvm_ffi"),
 }
-ALIGNMENT = 16  # bytes: the longest load of a kernel
-REMEMBERED = 4096  # calls whose checks are remembered, an operator
 _library = torch.library.Library(NAMESPACE, "DEF")
 operators: dict[str, tuple[Implementation, ...]] = {}  # by name: its GPU implementations, best first
 _preparers: dict[Any, Callable[..., None]] = {}  # an operator's overload: begins to compile its kernels
@@ -51,10 +51,10 @@ class Implementation:
         name: the kernel language, a key of COMPILERS, and what callers pass as ``implementation=``.
         entry: ``"module:function"``; imported at the first launch. The function takes the operator's arguments
             without ``implementation`` and returns what the operator returns; the current device is that of the first
-            argument. It may have two attributes that take the same arguments: ``bind`` returns a quicker function for
-            calls with the same metadata and options; ``prepare`` begins to compile what a call with any number of
-            tokens would need, and reads no more than metadata (the tensors may be fake). Without that a call with zeros
-            takes its place, in a thread.
+            argument. It may have two attributes that take the same arguments: ``bind`` returns a quicker function of
+            the tensors alone, for calls with the same metadata and options; ``prepare`` begins to compile what a call
+            with any number of tokens would need, and reads no more than metadata (the tensors may be fake). Without
+            that a call with zeros takes its place, in a thread.
         limits: called with the operator's arguments; returns why this implementation cannot take them, or None. It
             may depend on shapes, dtypes, strides, devices, options, and addresses modulo 16; not on contents.
         capability: the smallest CUDA compute capability it runs on.
@@ -119,6 +119,13 @@ def new(tensor: Layout, device: torch.device) -> torch.Tensor:
     if _empty_cuda is None or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return torch.empty_strided(size, stride, dtype=dtype, device=device)
     return _empty_cuda(size, stride, dtype)
+
+
+def several(tensors: Sequence[Layout], device: torch.device) -> list[torch.Tensor]:
+    """:func:`new` for each of them."""
+    if _empty_cuda is None or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return [new(tensor, device) for tensor in tensors]
+    return [_empty_cuda(*tensor) for tensor in tensors]
 
 
 @functools.cache
@@ -207,22 +214,6 @@ def _rehearse(load: Callable[[], Callable[..., Any]], args: tuple, kwargs: dict[
     _begin(("prepare", key), run)
 
 
-def _call_key(args: tuple, kwargs: dict) -> tuple | None:
-    """All that the checks and limits of a call can depend on; None if that cannot be told."""
-    key: list[Any] = [torch.is_grad_enabled()]
-    for value in args:
-        kind = type(value)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
-            layout = value.is_contiguous() or value.stride()
-            address = value.data_ptr() % ALIGNMENT
-            key.append((value.dtype, value.shape, value.device, layout, address, value.requires_grad))
-        elif isinstance(value, torch.Tensor):
-            return None
-        else:
-            key.append(value)
-    return (*key, *kwargs.items())
-
-
 def _intercepted() -> bool:
     """Whether something traces or transforms this call, and the dispatcher has to see it."""
     return (
@@ -268,7 +259,7 @@ def define(
     name = schema.partition("(")[0]
     operators[name] = tuple(implementations)
     table = {implementation.name: implementation for implementation in implementations}
-    plans: dict[tuple, Callable[..., Any]] = {}
+    plans = Plans()
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
     def checked(args: tuple, kwargs: dict) -> None:
@@ -316,34 +307,32 @@ def define(
         return asked
 
     def real(*args: Any, **kwargs: Any) -> Any:
-        key = _call_key(args, kwargs)
-        launch = plans.get(key)
+        launch = plans.find(args, kwargs)
         if launch is None:
             launch = first(*args, **kwargs)
-            if key is not None:
-                if len(plans) >= REMEMBERED:
-                    plans.clear()
-                plans[key] = launch
-        return launch(*args, **kwargs)
+            plans.keep(args, kwargs, launch)
+        return launch(*args)
 
     def first(*args: Any, implementation: str | None = None, **kwargs: Any) -> Callable[..., Any]:
-        """What to call for arguments like these."""
+        """What to call with arguments like ``args``, for these options."""
         checked(args, kwargs)
         _begin_prepared()
         chosen = choose(implementation, args[0].device, args, kwargs)
         function = chosen.load() if chosen else reference
         if chosen is None or args[0].device.type != "cuda":
-            return lambda *args, implementation=None, **kwargs: function(*args, **kwargs)
+            return functools.partial(function, **kwargs)
         index = args[0].device.index
         with torch.cuda.device(index):
             if hasattr(function, "bind"):
                 function = function.bind(*args, **kwargs)
+            else:
+                function = functools.partial(function, **kwargs)
 
-        def launch(*args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
+        def launch(*args: Any) -> Any:
             if torch._C._cuda_getDevice() == index:
-                return function(*args, **kwargs)
+                return function(*args)
             with torch.cuda.device(index):
-                return function(*args, **kwargs)
+                return function(*args)
 
         return launch
 

@@ -393,19 +393,48 @@ def _kernels(function: str) -> list[Implementation]:
     return [Implementation("triton", f"dsv4_fusion.ops.triton.compressor_cache:{function}")]
 
 
+def _cutedsl_limits(
+    overlap: bool, kv: Tensor, gate: Tensor, position_bias: Tensor, norm_weight: Tensor, positions: Tensor,
+    requests: Tensor, starts: Tensor, cos: Tensor, sin: Tensor, state: Tensor, state_table: Tensor, cache: Tensor,
+    slots: Tensor, *, format: str = "kv", **_: Any,
+) -> str | None:  # fmt: skip
+    """A thread has four columns of up to 8 rows, or a block 64 columns of up to 128; copies take 16 bytes."""
+    rows, d = (1 + overlap) * position_bias.shape[0], norm_weight.shape[0]
+    if d not in ((128, 256, 512) if format == "kv" else (128,)):
+        return f"the cutedsl kernels write {format} entries of other sizes, got {d} dims"
+    if rows not in ((4, 8, 32, 64, 128) if format == "kv" else (4, 8)):
+        return f"the cutedsl kernels pool windows of other lengths into {format} entries, got {rows} rows"
+    if cos.shape[1] % 8:
+        return f"the cutedsl kernels rotate multiples of 16 dims, got {2 * cos.shape[1]}"
+    aligned = (kv, gate, position_bias, norm_weight, cos, sin, state)
+    if any(tensor.data_ptr() % 16 or tensor.stride(0) * tensor.element_size() % 16 for tensor in aligned[:3]):
+        return "the cutedsl kernels copy 16 bytes at a time: kv, gate or position_bias is not aligned to that"
+    if any(tensor.data_ptr() % 16 for tensor in aligned[3:]) or state.stride(0) % 4:
+        return "the cutedsl kernels copy 16 bytes at a time: an argument is not aligned to that"
+    if any(tensor.stride(0) * tensor.element_size() % 16 for tensor in (cos, sin)):
+        return "the cutedsl kernels copy 16 bytes at a time: rows of cos or sin are not aligned to that"
+    return None
+
+
+def _insert_kernels(function: str, overlap: bool) -> list[Implementation]:
+    limits = functools.partial(_cutedsl_limits, overlap)
+    entry = f"dsv4_fusion.ops.cutedsl.compressor_cache:{function}"
+    return [Implementation("cutedsl", entry, limits, capability=(9, 0)), *_kernels(function)]
+
+
 _compress_csa_insert = define(
     f"compress_csa_insert({_ARGUMENTS}) -> ()",
     reference=compress_csa_insert_ref,
     fake=_fake_insert,
     check=functools.partial(_check_insert, True),
-    implementations=_kernels("compress_csa_insert"),
+    implementations=_insert_kernels("compress_csa_insert", True),
 )
 _compress_hca_insert = define(
     f"compress_hca_insert({_ARGUMENTS}) -> ()",
     reference=compress_hca_insert_ref,
     fake=_fake_insert,
     check=functools.partial(_check_insert, False),
-    implementations=_kernels("compress_hca_insert"),
+    implementations=_insert_kernels("compress_hca_insert", False),
 )
 _kv_load = define(
     "kv_load(Tensor cache, Tensor block_table, Tensor lengths, *, int head_dim=512, int page_size=64, "
@@ -463,7 +492,7 @@ def compress_csa_insert(
         format: "kv", "fp8" or "mxfp4"; the latter are the indexer's, with d 64 or 128.
         hadamard: transform the entry before it is quantised ("fp8" and "mxfp4").
         page_size: entries a page, a power of two.
-        implementation: "triton", "reference", or None for the best one usable.
+        implementation: "cutedsl", "triton", "reference", or None for the best one usable.
 
     A slot, page, request or position outside its range is an error; a GPU cannot raise it, and skips what it concerns.
 

@@ -21,6 +21,7 @@ from .indexer_scores import (
     _check_choice,
     _check_dtype,
     _check_q,
+    _cutedsl_limits,
     _dequantised,
     _topk_limits,
     best_ref,
@@ -179,6 +180,25 @@ def _fake_topk(q: Tensor, *_: Any, top_k: int, dtype: torch.dtype | None = None,
 
 # Operators
 
+LEAST_PAGE = 16  # tokens that are copied at once
+
+
+def _cutedsl_paged_limits(q: Tensor, cache: Tensor, *_: Any, page_size: int = 64, **options: Any) -> str | None:
+    if page_size < LEAST_PAGE:
+        return f"the cutedsl kernel takes pages of at least {LEAST_PAGE} tokens, page_size is {page_size}"
+    if cache.shape[0] == 0:
+        return "the cutedsl kernel takes a cache of at least one page"
+    if cache.stride(0) % 16 or cache.data_ptr() % 16:
+        return f"the cutedsl kernel copies 16 bytes at a time: pages are not aligned to that, stride {cache.stride(0)}"
+    return _cutedsl_limits(q, top_k=options.get("top_k", 0))
+
+
+def _kernels(function: str, *limits: Any) -> list[Implementation]:
+    entry = f"dsv4_fusion.ops.cutedsl.indexer_scores_paged:{function}"
+    cutedsl = Implementation("cutedsl", entry, _cutedsl_paged_limits, capability=(9, 0))
+    return [cutedsl, Implementation("triton", f"{_MODULE}:{function}", *limits)]
+
+
 _MODULE = "dsv4_fusion.ops.triton.indexer_scores"
 _TENSORS = "Tensor q, Tensor cache, Tensor weights, Tensor block_table, Tensor lengths, Tensor? q_scale=None"
 _OPTIONS = "int page_size=64, SymInt? max_length=None, ScalarType? dtype=None"
@@ -188,7 +208,7 @@ _indexer_scores_paged = define(
     reference=indexer_scores_paged_ref,
     fake=_fake_paged,
     check=_check_paged,
-    implementations=[Implementation("triton", f"{_MODULE}:indexer_scores_paged")],
+    implementations=_kernels("indexer_scores_paged"),
 )
 _indexer_topk_paged = define(
     f"indexer_topk_paged({_TENSORS}, *, SymInt top_k, {_OPTIONS}, int workspace={WORKSPACE}, "
@@ -196,7 +216,7 @@ _indexer_topk_paged = define(
     reference=indexer_topk_paged_ref,
     fake=_fake_topk,
     check=_check_topk,
-    implementations=[Implementation("triton", f"{_MODULE}:indexer_topk_paged", _topk_limits)],
+    implementations=_kernels("indexer_topk_paged", _topk_limits),
 )
 
 
@@ -219,13 +239,15 @@ def indexer_scores_paged(
         q: [B, S, H, d] e4m3fn or [B, S, H, d / 2] packed MXFP4 uint8, S from 1 to 4: the sequence's last tokens.
         cache: uint8 [pages, page_bytes] of the same format, as ``indexer_k_store_fp8`` or ``indexer_k_store_mxfp4``
             filled it.
-        weights, q_scale, dtype, implementation: as in :func:`indexer_scores`.
+        weights, q_scale, dtype: as in :func:`indexer_scores`.
         block_table: [B, N] int32 or int64: the pages of each sequence. What is beyond its length may be anything. A
             page outside the cache is an error; a GPU cannot raise it, and its keys are not seen.
         lengths: int32 or int64 [B, S], the keys every query sees; or [B], those the last one sees, each query before
             it one fewer. More than ``max_length`` is an error, and on a GPU is cut to it.
         page_size: tokens a page, a power of two.
         max_length: keys a row of the result; None for all that N pages hold, so that no length is waited for.
+        implementation: "cutedsl" (32, 64 or 128 heads, pages of 16 tokens or more at multiples of 16 bytes, SM90),
+            "triton", "reference", or None for the best one usable.
 
     Returns:
         [B, S, max_length], contiguous, −inf from a query's length on.
@@ -272,7 +294,7 @@ def indexer_topk_paged(
         top_k: how many; it may exceed the number of keys.
         dtype: of the result, int32 or int64; None for int64.
         workspace: bytes of scores that may exist at a time.
-        implementation: "triton", "reference" (which needs all scores at a time), or None for the best one usable.
+        implementation: as there; the reference needs all scores at a time.
 
     Returns:
         [B, S, top_k], contiguous: places in the sequence, not in the cache; −1 after the keys that the query sees.

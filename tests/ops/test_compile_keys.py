@@ -221,6 +221,15 @@ def test_no_count_has_a_kernel_of_its_own(case):
         assert len(found) <= most, (kernel, len(found), [column for column in varying[kernel] if len(column) > 1])
 
 
+def test_no_count_has_a_cutedsl_kernel_of_its_own():
+    pytest.importorskip("cutlass")
+    pytest.importorskip("tvm_ffi")
+    from dsv4_fusion.ops.cutedsl.indexer_scores_paged import _key
+
+    given = [paged_scores(tokens, batch) for batch in (1, 2, 3) for tokens in COUNTS]
+    assert len({_key(each["q"], each["block_table"], each["lengths"], 64, None) for each in given}) == 1
+
+
 def test_a_kernel_specialised_by_its_tokens_would_be_found():
     def make(tokens: int) -> tuple[list, dict]:
         given = choices(tokens, 1)

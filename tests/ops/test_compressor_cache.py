@@ -307,7 +307,7 @@ def test_bad_tensors(key, change, message):
         ({"format": "fp4"}, "format must be 'kv', 'fp8' or 'mxfp4', got 'fp4'"),
         ({"hadamard": True}, "hadamard is for the indexer's records"),
         ({"page_size": 6}, "page_size must be a power of two, got 6"),
-        ({"implementation": "cuda"}, "no implementation 'cuda'; it has triton, reference"),
+        ({"implementation": "cuda"}, "no implementation 'cuda'; it has cutedsl, triton, reference"),
     ],
 )
 def test_bad_options(options, message):

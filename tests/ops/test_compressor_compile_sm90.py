@@ -101,3 +101,56 @@ def test_compiles_for_sm90(case, tmp_path, monkeypatch):
 def test_every_operator_is_covered():
     operators = {name for name in torch.ops.dsv4.__dict__ if name.startswith(("compress_", "kv_"))}
     assert operators <= {case.function for case in CASES}
+
+
+# CuTe DSL
+
+
+def cute_arguments(d: int, ratio: int, overlap: bool, n: int, tokens: int = 100, requests: int = 8) -> dict:
+    """Of an insert, by name, in order; not on a device, so that none is needed."""
+    width, integers = (1 + overlap) * d, torch.int64
+    return {
+        "kv": torch.zeros(tokens, width, dtype=BF16),
+        "gate": torch.zeros(tokens, width, dtype=BF16),
+        "position_bias": torch.zeros(ratio, width),
+        "norm_weight": torch.zeros(d),
+        "positions": torch.zeros(tokens, dtype=integers),
+        "requests": torch.zeros(tokens, dtype=torch.int32),
+        "starts": torch.zeros(requests + 1, dtype=torch.int32),
+        "cos": torch.zeros(4096, 32),
+        "sin": torch.zeros(4096, 32),
+        "state": torch.zeros(50, n, 2, width),
+        "state_table": torch.zeros(requests, 4, dtype=torch.int32),
+        "cache": torch.zeros(9, ops.kv_cache_bytes(64, d), dtype=torch.uint8),
+        "slots": torch.zeros(tokens, dtype=integers),
+    }
+
+
+MIXED = (torch.int64, torch.int32, torch.int32, torch.int32, torch.int64)
+OTHER = (torch.int32, torch.int64, torch.int64, torch.int64, torch.int32)
+CUTE = [
+    # d, ratio, overlap, n, rope, dtypes of kv, bias, weight and cos, integers, format, hadamard, page size
+    (512, 4, True, 8, 64, BF16, FP32, FP32, FP32, MIXED, "kv", False, 64),
+    (512, 4, True, 8, 64, FP32, BF16, BF16, BF16, OTHER, "kv", False, 1),
+    (512, 4, True, 3, 64, BF16, FP32, BF16, FP32, MIXED, "kv", False, 64),
+    (256, 8, False, 8, 64, BF16, BF16, FP32, FP32, MIXED, "kv", False, 64),
+    (128, 2, True, 1, 64, FP32, FP32, FP32, FP32, MIXED, "kv", False, 64),
+    (128, 4, True, 8, 64, BF16, FP32, FP32, FP32, MIXED, "fp8", False, 64),
+    (128, 4, True, 8, 64, BF16, FP32, FP32, FP32, MIXED, "fp8", True, 64),
+    (128, 4, True, 8, 64, BF16, FP32, FP32, FP32, MIXED, "mxfp4", True, 64),
+    (128, 4, False, 16, 128, FP32, BF16, FP32, BF16, OTHER, "mxfp4", False, 16),
+    (512, 128, False, 128, 64, BF16, FP32, FP32, FP32, MIXED, "kv", False, 64),
+    (512, 128, False, 16, 64, FP32, BF16, BF16, BF16, OTHER, "kv", False, 64),
+    (256, 32, True, 32, 64, BF16, FP32, FP32, FP32, MIXED, "kv", False, 64),
+    (128, 64, False, 64, 64, FP32, FP32, FP32, FP32, MIXED, "kv", False, 64),
+]
+
+
+@pytest.mark.parametrize("key", CUTE, ids=lambda key: f"{key[0]}x{key[1]}-{key[10]}-{key[5]}")
+def test_cute_dsl_compiles_for_sm90(key, tmp_path):
+    pytest.importorskip("cutlass")
+    pytest.importorskip("tvm_ffi")
+    from dsv4_fusion.ops.cutedsl import compressor_cache
+    from tests.ops.test_indexer_cutedsl import _compile
+
+    _compile(tmp_path, compressor_cache.build, *key)

@@ -156,7 +156,7 @@ class Product:
         device, n, tokens = xq.device, wq.shape[0], math.prod(xq.shape[:-1])
         result = layout((*xq.shape[:-1], n), out_dtype)
         if tokens == 0:
-            return lambda *_, **__: new(result, device)
+            return lambda *_: new(result, device)
         block, processors = is_block(wq, w_scale), _processors(device)
         key = self.key(tile_of(tokens, n, block, processors), wq, x_scale.dtype, w_scale, bias, out_dtype)
         kernel, staged = _begin(*key).result(), key[-2]
@@ -166,7 +166,7 @@ class Product:
         lead = None if xq.dim() == 2 else result[0]
         no_bias = _unread(device)
 
-        def launch(xq, wq, x_scale, w_scale, bias=None, **_) -> Tensor:
+        def launch(xq, wq, x_scale, w_scale, bias=None) -> Tensor:
             given = [xq, wq, x_scale, w_scale]
             for index, fix in fixes:
                 given[index] = fix(given[index])
@@ -205,7 +205,7 @@ class Linear:
         xq, x_scale = quantise_rows(x, *quantise)
         multiply = product.bind(xq, wq, x_scale, w_scale, bias, out_dtype=out_dtype or x.dtype)
 
-        def launch(x, wq, w_scale, bias=None, **_) -> Tensor:
+        def launch(x, wq, w_scale, bias=None) -> Tensor:
             xq, x_scale = quantise_rows(x, *quantise)
             return multiply(xq, wq, x_scale, w_scale, bias)
 

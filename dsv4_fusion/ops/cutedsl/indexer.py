@@ -13,7 +13,7 @@ import torch
 from cutlass import Float32, Int32, Int64, Uint32
 from torch import Tensor
 
-from .._library import layout, new
+from .._library import layout, several
 from . import launch, ptx
 from .formats import NAN, FP8Rows, MXFP4Rows, rows_of
 from .rows import CHUNK, LANES, SPAN
@@ -203,14 +203,14 @@ class _Operator:
             results = [layout((tokens, heads, d), torch.float8_e4m3fn)]
         results.append(layout((tokens, heads), torch.float32))
         if tokens == 0:
-            return lambda *_, **__: None if self.out else tuple(new(result, device) for result in results)
+            return lambda *_: None if self.out else tuple(several(results, device))
         if key not in _kernels:
             rows = rows_of(options, d, 2 * cos.shape[1], launch.capability(device))
             _kernels[key] = build(rows, heads, *key[4:8])
         kernel, without_scales = _kernels[key], not self.mxfp4
 
-        def call(*tensors, **_):
-            outputs = tensors[5:] if self.out else [new(result, device) for result in results]
+        def call(*tensors):
+            outputs = tensors[5:] if self.out else several(results, device)
             if without_scales:
                 kernel(*tensors[:5], outputs[0], None, outputs[1], floor)
             else:

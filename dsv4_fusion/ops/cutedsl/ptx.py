@@ -6,7 +6,7 @@ A *word* is a Uint32; two bf16 values in a word are called a pair, the one with 
 from __future__ import annotations
 
 import cutlass
-from cutlass import Float32, Int64, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.cute.arch import inline_ptx
 
 
@@ -47,6 +47,19 @@ def load_real(pointer) -> Float32:
 def load_index(pointer) -> Int64:
     """A non-negative int32 or int64 below 2^32, streamed."""
     return Int64(load(pointer, 1, STREAMED)[0])
+
+
+def load_integer(address: Int64, size: int, condition, other: int) -> Int64:
+    """A signed integer of 4 or 8 bytes, streamed; ``other`` where the condition does not hold: nothing is read."""
+    code = f"ld.b{8 * size} value" if size == 8 else "ld.b32 half"
+    code = code.replace("ld", STREAMED)
+    widen = "" if size == 8 else "cvt.s64.s32 value, half; "
+    return inline_ptx(
+        "{ .reg .pred here; .reg .b32 half; .reg .b64 value; setp.ne.b32 here, {$r1}, 0; "
+        f"mov.b32 half, {other}; mov.b64 value, {other}; @here {code}, [{{$r0}}]; {widen}mov.b64 {{$w0}}, value; }}",
+        write_only_types=[Int64],
+        read_only_args=[address, Int32(condition)],
+    )
 
 
 def store(pointer, words: list[Uint32]) -> None:
@@ -100,6 +113,11 @@ def maximum(a: Float32, b: Float32) -> Float32:
 def maximum_nan(a: Float32, b: Float32) -> Float32:
     """NaN where one of them is."""
     return _float("max.NaN.f32 {$w0}, {$r0}, {$r1};", a, b)
+
+
+def add_abs(a: Float32) -> Float32:
+    """a + |a|, in one instruction."""
+    return _float("{ .reg .f32 size; abs.f32 size, {$r0}; add.rn.f32 {$w0}, {$r0}, size; }", a)
 
 
 def select(condition, yes: Uint32, no: Uint32) -> Uint32:
@@ -186,3 +204,96 @@ def pair_fma(a: Uint32, b: Uint32 | int, c: Uint32) -> Uint32:
 def permute(a: Uint32, b: Uint32, selector: int) -> Uint32:
     """Bytes of ``b:a`` by the nibbles of ``selector``; bit 3 of a nibble repeats the sign of the byte instead."""
     return _word(f"prmt.b32 {{$w0}}, {{$r0}}, {{$r1}}, 0x{selector:04x};", a, b)
+
+
+# Shared memory, at pointers or 32-bit addresses, and copies into it
+
+
+def load_shared(pointer, words: int) -> list[Uint32]:
+    """``words`` (1, 2 or 4) words in one instruction, at an address aligned to them."""
+    return load(pointer, words, "ld.shared")
+
+
+def store_shared(pointer, words: list[Uint32]) -> None:
+    """1, 2 or 4 words in one instruction."""
+    if len(words) == 1:
+        inline_ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[pointer, *words])
+        return
+    registers = ", ".join(f"{{$r{i + 1}}}" for i in range(len(words)))
+    inline_ptx(f"st.shared.v{len(words)}.b32 [{{$r0}}], {{{registers}}};", read_only_args=[pointer, *words])
+
+
+def bulk(to, source, size: int, barrier) -> None:
+    """A copy of ``size`` bytes from global to shared memory by one thread, all at multiples of 16 bytes."""
+    inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[to, source, Int32(size), barrier],
+    )
+
+
+def max_shared(address: Int32, value: Int32) -> None:
+    """The larger signed integer of two, at the address."""
+    inline_ptx("red.shared.max.s32 [{$r0}], {$r1};", read_only_args=[address, value])
+
+
+def copy_async(to: Int32, source: Int64) -> None:
+    """16 bytes from global memory, past the L1 cache."""
+    inline_ptx("cp.async.cg.shared.global [{$r0}], [{$r1}], 16;", read_only_args=[to, source])
+
+
+def wait_for_copies() -> None:
+    """All of this thread."""
+    inline_ptx("cp.async.wait_all;")
+
+
+def store_bytes(pointer, bytes_: int, word: Uint32) -> None:
+    """The lowest 1 or 2 bytes to global memory."""
+    if bytes_ == 1:
+        inline_ptx("st.global.b8 [{$r0}], {$r1};", read_only_args=[pointer, word])
+    else:
+        code = "{ .reg .b16 low, high; mov.b32 {low, high}, {$r1}; st.global.b16 [{$r0}], low; }"
+        inline_ptx(code, read_only_args=[pointer, word])
+
+
+# Barriers in shared memory
+
+
+def barrier_init(address: Int32, count: int) -> None:
+    inline_ptx("mbarrier.init.shared.b64 [{$r0}], {$r1};", read_only_args=[address, Int32(count)])
+
+
+def barrier_arrive(address: Int32) -> None:
+    inline_ptx("mbarrier.arrive.shared.b64 _, [{$r0}];", read_only_args=[address])
+
+
+def barrier_arrive_after_copies(address: Int32) -> None:
+    """When all asynchronous copies of this thread so far have ended; one of the arrivals that the barrier counts."""
+    inline_ptx("cp.async.mbarrier.arrive.noinc.shared.b64 [{$r0}];", read_only_args=[address])
+
+
+def barrier_expect(address: Int32, count: int) -> None:
+    """Arrive, and let the phase also wait for so many bytes."""
+    inline_ptx("mbarrier.arrive.expect_tx.shared.b64 _, [{$r0}], {$r1};", read_only_args=[address, Int32(count)])
+
+
+def barrier_wait(address: Int32, parity: Int32, scope: str = "cta") -> None:
+    """Until the phase with this parity has ended."""
+    code = (
+        "{ .reg .pred done; again: "
+        f"mbarrier.try_wait.parity.acquire.{scope}.shared::cta.b64 done, [{{$r0}}], {{$r1}}; @!done bra again; }}"
+    )
+    inline_ptx(code, read_only_args=[address, parity])
+
+
+def send(address: Int32, barrier: Int32, rank: Int32, word: Uint32) -> None:
+    """A word to the same address in the block ``rank`` of the cluster, whose barrier counts its four bytes."""
+    code = (
+        "{ .reg .b32 to, at; mapa.shared::cluster.u32 to, {$r0}, {$r2}; mapa.shared::cluster.u32 at, {$r1}, {$r2}; "
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], {$r3}, [at]; }"
+    )
+    inline_ptx(code, read_only_args=[address, barrier, rank, word])
+
+
+def trailing_zeros(word: Uint32) -> Int32:
+    """32 for 0."""
+    return Int32(_word("{ .reg .b32 back; brev.b32 back, {$r0}; clz.b32 {$w0}, back; }", word))

@@ -25,7 +25,7 @@ import tilelang
 import tilelang.language as T
 import torch
 
-from .._library import compiling, layout, new
+from .._library import compiling, layout, several
 from .hc_finish import finish, finish_shape
 from .hc_project import BF16, F32, PROJECTING, ROWS, padded, project, project_shape
 
@@ -237,8 +237,10 @@ class _Operator:
         self.parameters_at = 4 if placed else 1
         self.arity = self.parameters_at + (4 if mixes else 0)
 
-    def __call__(self, *tensors, **options):
-        return self.bind(*tensors, **options)(*tensors, **options)
+    def __call__(self, *tensors, norm_weight=None, **options):
+        if len(tensors) < self.arity:
+            tensors = (*tensors, norm_weight)
+        return self.bind(*tensors, **options)(*tensors)
 
     def key(self, *tensors, norm_weight=None, **_) -> tuple:
         """Of its programs: what they are compiled for."""
@@ -267,7 +269,7 @@ class _Operator:
             results.append(layout((*lead, hidden), torch.bfloat16))
         returned = slice(1, None) if self.placed and self.mixes == "head" else slice(None)
         if tokens == 0:
-            return lambda *_, **__: _returned([new(result, device) for result in results][returned])
+            return lambda *_: _returned(several(results, device)[returned])
 
         _, warps, chunks = project_shape(held, mix, hidden, True)
         groups = max(1, _processors(device) // chunks)
@@ -288,15 +290,14 @@ class _Operator:
         entry = _begin(*key)[wide].result()
         base_at = self.parameters_at + 1
 
-        def launch(*tensors, norm_weight=None, **_):
-            given = list(tensors) if len(tensors) == self.arity else [*tensors, norm_weight]
+        def launch(*tensors):
+            given = list(tensors) if len(tensors) == self.arity else [*tensors, None]
             for index, fix in fixes:
                 given[index] = fix(given[index])
             if mix and not norm:
                 given[-1] = given[base_at]  # stands in, and is not read
-            outputs = [new(result, device) for result in results]
-            for scratch in workspace:
-                given.append(new(scratch, device))
+            outputs = several(results, device)
+            given += several(workspace, device)
             given += outputs if len(lead) == 1 else [out.view(tokens, *out.shape[len(lead) :]) for out in outputs]
             entry(*given, groups, *scalars)
             return _returned(outputs[returned])

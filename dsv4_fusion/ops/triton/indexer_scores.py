@@ -344,10 +344,11 @@ def indexer_scores_paged(
     return out
 
 
-def indexer_topk_paged(
-    q, cache, weights, block_table, lengths, q_scale=None,
+def best_paged(
+    paged_into, q, cache, weights, block_table, lengths, q_scale=None,
     *, top_k, page_size=64, max_length=None, dtype=None, workspace=256 * 2**20,
 ):  # fmt: skip
+    """:func:`dsv4_fusion.ops.indexer_topk_paged` with the scores of ``paged_into``."""
     length = block_table.shape[1] * page_size if max_length is None else max_length
     batch, queries = q.shape[:2]
     out = q.new_empty([batch, queries, top_k], dtype=dtype or torch.int64)
@@ -364,6 +365,9 @@ def indexer_topk_paged(
         paged_into(into, q[few], cache, weights[few], block_table[few], lengths[few], scale, length, page_size)
         best_of(into, rows, length, top_k)
     return out
+
+
+indexer_topk_paged = functools.partial(best_paged, paged_into)
 
 
 def _width(length):
