@@ -97,7 +97,8 @@ def pure(graph: Graph) -> bool:
 def _writes(target: Any) -> bool:
     """Whether it is a registered operator that writes to an argument: not all of these count the versions of it."""
     if isinstance(target, torch._ops.OpOverloadPacket):
-        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+        overloads = [name for name in target.overloads() if not name.endswith("out")]  # asked for by a keyword
+        return any(getattr(target, name)._schema.is_mutable for name in overloads)
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 

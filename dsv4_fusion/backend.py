@@ -134,7 +134,10 @@ def explained(
         return run if len(kept) == len(example_inputs) else lambda *inputs: run(*[inputs[i] for i in kept])
 
     torch._dynamo.reset()
+    marked = "_is_torch_compile" in vars(model) if isinstance(model, torch.nn.Module) else True
     compiled = torch.compile(model, backend=tracing_backend, dynamic=dynamic)
+    if not marked:
+        vars(model).pop("_is_torch_compile", None)  # PyTorch 2.13 means its wrapper, which hands attributes on
     try:
         with torch.no_grad(), _constants_of_any_device(), no_collection():
             compiled(*args, **kwargs)

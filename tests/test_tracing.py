@@ -164,6 +164,32 @@ def test_an_operator_that_writes_and_counts_no_version():
     library._destroy()
 
 
+def test_a_view_out_of_a_list_is_no_memory_of_its_own():
+    def function(y):
+        return y.split(2)[1], y.sin().split(2)[1], y.cos()
+
+    graph = torch.fx.symbolic_trace(function).graph
+    with torch._subclasses.FakeTensorMode():
+        env: dict = {node: torch.ones(4, 4) for node in graph.find_nodes(op="placeholder")}
+        for node in graph.nodes:
+            if node.op.startswith("call"):
+                args = torch.fx.node.map_arg(node.args, env.__getitem__)
+                called = node.target if node.op == "call_function" else getattr(torch.Tensor, node.target)
+                env[node] = called(*args)
+            if node in env:
+                node.meta["example_value"] = env[node]
+    assert _tracing.pure(graph)
+    known = {node.name for node in _tracing._known(graph, lambda value: value)}
+    assert known == {"sin", "cos"}
+    sin = next(node for node in graph.nodes if node.name == "sin")
+    sin.target, sin.op = torch.ops.aten.sin_.default, "call_function"
+    assert not _tracing.pure(graph)
+    sin.target = torch.ops.aten.sin
+    assert _tracing.pure(graph)
+    sin.target = torch.ops.aten.sin_
+    assert not _tracing.pure(graph)
+
+
 def test_nothing_is_computed_where_nothing_asks(computed):
     dsv4_fusion.explain(chain, torch.ones(4, 4), torch.ones(4, 4))
     assert not computed
