@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from . import __version__, explain
+from . import __version__
 from ._doctor import caches, diagnose, no_gpu
 from ._warmup import Call, calls, warm
+from .backend import explained
 
 DOCTOR = "what is installed, which implementation every operator gets here and why not the others, and the caches"
 DOCTOR_CODES = """exit codes:
@@ -189,7 +190,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     parameters = sum(parameter.numel() for parameter in net.parameters())
     size = "1 layer" if layers == 1 else f"{layers} layers"
     with _progress(f"tracing {size}"):
-        report = explain(net, torch.zeros(1, arguments.tokens, dtype=torch.long, device="meta"), use_cache=False)
+        tokens = torch.zeros(1, arguments.tokens, dtype=torch.long, device="meta")
+        report = explained(net, (tokens,), {"use_cache": False}, draw=arguments.html is not None)
     if arguments.html is not None:
         try:
             report.save(arguments.html)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .backend import explain
+from .backend import explained
 from .ops import _library
 
 PRIME = 521  # divides no size of a model
@@ -72,10 +72,10 @@ def calls(net: torch.nn.Module) -> list[Call]:
     kept = list(_library._prepared)
     _library._prepared.clear()
     try:
-        explain(net, prompt, use_cache=False)
+        explained(net, (prompt,), {"use_cache": False}, draw=False)
         with torch.no_grad():
             cache = net(prompt, use_cache=True).past_key_values
-        explain(net, prompt, past_key_values=cache, use_cache=True)
+        explained(net, (prompt,), {"past_key_values": cache, "use_cache": True}, draw=False)
         found = list(_library._prepared)
     finally:
         _library._prepared[:] = kept

@@ -79,11 +79,12 @@ def explain(
 ) -> Report:
     """Run ``model(*args, **kwargs)`` once and say what would be fused: no code is generated, no cache is used.
 
-    The graphs are rewritten on every device, the CPU too, so that the report shows what a GPU would run. Dynamo is
+    The graphs are rewritten on every device, the CPU too, so that the report shows what a GPU would run; what runs is
+    the model's own, as without us, and on the meta device nothing. Python does not collect garbage meanwhile. Dynamo is
     reset before and after: whatever was compiled in this process is compiled again at its next call.
 
     Args:
-        model: a module or a function; it is not changed.
+        model: a module or a function; it is not changed, but for what its own code writes: a cache, a buffer.
         args, kwargs: what to call it with.
         options: as in :func:`backend`; ``strict`` raises here too.
         dynamic: as in torch.compile.
@@ -96,25 +97,59 @@ def explain(
         ValueError: a wrong option.
         FusionError: ``strict`` was asked for, and all graphs together have too few fused sites.
     """
+    return explained(model, args, kwargs, options, dynamic)
+
+
+def explained(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    draw: bool = True,
+) -> Report:
+    """:func:`explain`; ``draw`` collects what the web page of the report draws."""
     if not callable(model):
         raise TypeError(f"explain takes an nn.Module or a function, got {type(model).__name__}")
+    from ._tracing import no_collection, one_run, without_values
     from .passes._manager import FusionError
 
     ours, patches = _split(None, options)
     report = Report()
 
+    def reported(found: Report) -> None:
+        report.add(found)
+        raise _Reported
+
     def tracing_backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         loose = dataclasses.replace(ours, strict=False, reference=True)
-        return _compile(gm, example_inputs, loose, patches, report.add, run_graph=True)
+        kept = _specialize_module_floats(gm)
+        given = [example_inputs[i] for i in kept]
+        run: Callable[..., Any]
+        try:
+            with one_run():
+                run = _compile(gm, given, loose, patches, reported, run_graph=True, draw=draw)
+        except _Reported:
+            run = without_values(gm)
+        return run if len(kept) == len(example_inputs) else lambda *inputs: run(*[inputs[i] for i in kept])
 
     torch._dynamo.reset()
+    marked = "_is_torch_compile" in vars(model) if isinstance(model, torch.nn.Module) else True
     compiled = torch.compile(model, backend=tracing_backend, dynamic=dynamic)
-    with torch.no_grad(), _constants_of_any_device():
-        compiled(*args, **kwargs)
-    torch._dynamo.reset()
+    if not marked:
+        vars(model).pop("_is_torch_compile", None)  # PyTorch 2.13 means its wrapper, which hands attributes on
+    try:
+        with torch.no_grad(), _constants_of_any_device(), no_collection():
+            compiled(*args, **kwargs)
+    finally:
+        torch._dynamo.reset()
     if len(report.sites) < int(ours.strict):
         raise FusionError(f"strict: {int(ours.strict)} fused sites wanted, found {len(report.sites)}\n{report}")
     return report
+
+
+class _Reported(Exception):
+    """Ends a compilation whose report is there: what Inductor does afterwards is not looked at."""
 
 
 @contextlib.contextmanager
@@ -154,8 +189,9 @@ def _compile(
     patches: dict[str, Any],
     on_report: Callable[[Report], None],
     run_graph: bool = False,
+    draw: bool = True,
 ) -> Callable[..., Any]:
-    """Inductor with our pass; ``run_graph`` runs the rewritten graph as it is instead of generating code."""
+    """Inductor with our pass; ``run_graph`` runs the rewritten graph, and draws it, instead of generating code."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
@@ -165,10 +201,10 @@ def _compile(
     declare_to_inductor()
     kept = _specialize_module_floats(gm)
     if len(kept) < len(example_inputs):
-        compiled = _compile(gm, [example_inputs[i] for i in kept], options, patches, on_report, run_graph)
+        compiled = _compile(gm, [example_inputs[i] for i in kept], options, patches, on_report, run_graph, draw)
         return lambda *inputs: compiled(*[inputs[i] for i in kept])
     before = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
-    fusion_pass = FusionPass(options, on_report, before, rewrite=True if run_graph else None, draw=run_graph)
+    fusion_pass = FusionPass(options, on_report, before, rewrite=True if run_graph else None, draw=run_graph and draw)
     patches = patches | {"joint_custom_pre_pass": fusion_pass}
     if not run_graph:
         return _compile_or_read(gm, example_inputs, fusion_pass, patches, on_report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,31 @@ def test_the_numbers_do_not_change_in_fp32():
     report, plain, ours = fused(net, tokens(2, 32))
     assert report.counts == {name: count for name, count in COUNTS.items() if name != "indexer_topk"}, report
     assert 0 < (ours - plain).abs().max() < 1e-5 * plain.abs().max()
+
+
+def test_any_batch_and_length():
+    """Both symbolic: everything is fused as in a static graph, and the compiled model takes other numbers of them."""
+    from dsv4_fusion.backend import _compile
+
+    config = Config.tiny(**SMALL | {"n_routed_experts": 1, "hc_sinkhorn_iters": 2}, n_activated_experts=1)
+    net = model(replace(config, quantise=False, dtype=torch.float32))
+    reports: list[Report] = []
+
+    def backend(gm, inputs):
+        patches = {"pattern_matcher": False}  # Inductor's own patterns come after ours, and take time
+        return _compile(gm, inputs, FusionOptions(reference=True), patches, reports.append, run_graph=True, draw=False)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=True)
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+        for batch, length in ((2, 48), (3, 64), (5, 32)):
+            ids = tokens(batch, length)
+            plain, ours = net(ids), compiled(ids)
+            assert 0 < (ours - plain).abs().max() < 1e-5 * plain.abs().max()
+    torch._dynamo.reset()
+    (report,) = reports  # one graph for all of them
+    assert report.counts == {name: count for name, count in COUNTS.items() if name != "indexer_topk"}, report
+    assert not report.near_misses and not report.left_alone and not report.notes, report
 
 
 # Hyper-Connections and RoPE

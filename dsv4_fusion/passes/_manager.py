@@ -112,12 +112,12 @@ class FusionPass(CustomGraphPass):
         asked = fp8_linear.COMPUTATIONS if self.options.fp8_linear is not None else ()
         for computation in (*COMPUTATIONS, *asked):
             for anchor in graph.find_nodes(op="call_function", target=computation.anchor):
-                if anchor in claimed or "val" not in anchor.meta:
-                    continue
+                if anchor in claimed or anchor not in order or "val" not in anchor.meta:
+                    continue  # not in order: a replacement's own, as the quantiser of the keys
                 result = self.first_match(computation, anchor, claimed, traced)
                 if isinstance(result, Failure):
                     failures.append(result)
-                    patterns += [result.pattern] if result.share >= NEAR else []
+                    patterns += [result.pattern] if result.pattern and result.share >= NEAR else []
                 if not isinstance(result, tuple):
                     continue
                 match, replacement = result
@@ -186,6 +186,8 @@ class FusionPass(CustomGraphPass):
                 if nearest is None or result.share >= min(NEAR, nearest.share):
                     nearest = result
             failures += [nearest] if nearest is not None else []
+        if not failures and computation.unplaced is not None and (reason := computation.unplaced(anchor)) is not None:
+            return Failure(computation.fusions[0], {anchor}, 1.0, reason, anchor, None, anchor)
         return max(failures, key=lambda failure: failure.share, default=None)
 
 

@@ -89,12 +89,15 @@ class Computation:
         structures: yields the structures a site may have, likeliest first; nothing if the node is no site.
         trace: from a structure to what is to be traced.
         fusions: the cuts, largest first.
+        unplaced: asked of a node of which ``structures`` made nothing: why, where it stands in a site all the same by
+            the operators around it; None where it is no site. A site of an unknown structure is reported by this alone.
     """
 
     anchor: torch._ops.OpOverload
     structures: Callable[[Node], Iterable[Hashable]]
     trace: Callable[[Any], Trace]
     fusions: tuple[Fusion, ...]
+    unplaced: Callable[[Node], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Failure:
     share: float  # of the pattern's nodes found
     reason: str
     anchor: Node
-    pattern: Pattern
+    pattern: Pattern | None  # None where the structure is unknown
     node: Node | None = None  # the graph's node that differs, or has an extra user
     part: bool = False  # whether a part of it was fused
 
@@ -193,9 +196,18 @@ def _size(value: int) -> tuple[int, tuple[str, ...]]:
     return value, tuple(names)
 
 
+def number(size: Any) -> int | None:
+    """A size as the integer that it is, or None: guards can make one of a size that is still written as a symbol."""
+    if isinstance(size, torch.SymInt):
+        return size.node.maybe_as_int()
+    return size if isinstance(size, int) else None
+
+
 def _value(argument: Any) -> Any:
     """An argument of a graph's node as a number, where it is one."""
-    return argument.meta.get("val", argument) if isinstance(argument, Node) else argument
+    value = argument.meta.get("val", argument) if isinstance(argument, Node) else argument
+    known = number(value) if isinstance(value, torch.SymInt) else None
+    return value if known is None else known
 
 
 def _operator(node: Node) -> str:

@@ -22,9 +22,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .. import ops
 from ..ops._compressor import BLOCK
 from ._deepseek import compress, round_nope
-from ._pattern import SIZES, Computation, Fusion, Trace
+from ._pattern import SIZES, Computation, Fusion, Trace, number
 
 aten = torch.ops.aten
+_CAST = torch.ops.prims.convert_element_type.default
 _FAR = 64  # nodes looked at around a site
 _NEAR = 16  # and for what stands next to it
 _SCALARS = {"norm_eps": 0.0537}
@@ -168,21 +169,41 @@ def _shape(node: Node) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
+def _rows(node: Node) -> int | None:
+    """How many rows the windows [B, W, rows, d] have.
+
+    Where S is symbolic, PyTorch may write S // (S // 4) for the 4 that the sequence was divided by: the view has it.
+    """
+    for _ in range(_NEAR):
+        shape = _shape(node)
+        if len(shape) != 4:
+            return None
+        if (rows := number(shape[2])) is not None:
+            return rows
+        if node.target is aten.view.default:
+            return number(node.args[1][2])
+        if node.target is aten.cat.default and node.args[1] == 2:
+            parts = [_rows(part) for part in node.args[0]]
+            return None if None in parts else sum(parts)
+        node = next((source for source in node.all_input_nodes if len(_shape(source)) == 4), node)
+    return None
+
+
 def _windows(node: Node) -> tuple[int, int] | None:
     """Rows and dims, if ``node`` is the largest gate of the windows of [B, W, rows, d].
 
     Over another dimension it is one if what it weighs is summed over the rows all the same.
     """
-    gates = node.args[0].meta["val"]
-    if gates.dim() != 4 or not all(isinstance(size, int) for size in gates.shape[2:]):
+    shape = _shape(node.args[0])
+    rows, d = (_rows(node.args[0]), number(shape[3])) if len(shape) == 4 else (None, None)
+    if rows is None or d is None:
         return None
-    rows, d = gates.shape[2:]
 
     def pooled(at: Node) -> bool:
         if at.target is not aten.sum.dim_IntList or list(at.args[1]) != [2]:
             return False
-        shape = _shape(at.args[0])
-        return len(shape) == 4 and len(_shape(at)) == 3 and shape[2] == rows and shape[3] == d
+        summed = at.args[0]
+        return len(_shape(summed)) == 4 and len(_shape(at)) == 3 and (_rows(summed), number(_shape(at)[2])) == (rows, d)
 
     return (rows, d) if list(node.args[1]) == [2] or _around(node, _users, pooled) is not None else None
 
@@ -197,15 +218,15 @@ def _rotated(node: Node, d: int) -> tuple[bool, int] | None:
         return at.target is aten.slice.Tensor and isinstance(at.args[2], int) and at.args[2] < 0
 
     turned = _around(node, _users, lambda at: getattr(at.meta.get("val"), "dtype", None) == torch.complex64)
-    joined = _around(node, _users, lambda at: at.target is aten.cat.default and _shape(at)[-1] == d)
+    joined = _around(node, _users, lambda at: at.target is aten.cat.default and number(_shape(at)[-1]) == d)
     last = _around(node, _users, tail)
     if turned is not None:
-        rope = 2 * turned.meta["val"].shape[-1]
+        rope = 2 * (number(_shape(turned)[-1]) or 0)
     elif joined is not None and isinstance(joined.args[0][-1], Node):
-        rope = joined.args[0][-1].meta["val"].shape[-1]
+        rope = number(_shape(joined.args[0][-1])[-1]) or 0
     else:
         rope = -last.args[2] if last is not None else 0
-    return (turned is not None, rope) if isinstance(rope, int) and 2 <= rope < d else None
+    return (turned is not None, rope) if 2 <= rope < d else None
 
 
 def _hugging_face_sites(overlap: bool, node: Node) -> Iterator[Windows]:
@@ -277,6 +298,35 @@ def _deepseek_sites(overlap: bool, node: Node) -> Iterator[Windows]:
         yield Windows(d, rows // (1 + overlap), rope, mode, single, fp32, fp32, fp32, dtype)
 
 
+_PADDING = (aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default)
+
+
+def _unplaced(overlap: bool, node: Node) -> str | None:
+    """Why ``node`` is no site, if it is the largest gate of a pooling by operators: softmax, weighted sum, RMSNorm."""
+    if overlap != (_around(node, _sources, lambda at: at.target in _PADDING) is not None):
+        return None
+    at, steps = node, [aten.sub.Tensor, aten.exp.default, aten.div.Tensor, aten.mul.Tensor, aten.sum.dim_IntList]
+    steps += [aten.pow.Tensor_Scalar, aten.mean.dim]
+    while steps:
+        step = next((user for user in at.users if user.target is steps[0]), None)
+        if step is not None:
+            at, steps = step, steps[1:]
+            continue
+        at = next((user for user in at.users if user.target is _CAST), None)
+        if at is None:
+            return None
+    gates = f"the gates' shape is {list(_shape(node.args[0]))}"
+    found = _windows(node)
+    if found is None:
+        return f"{gates}, expected [B, windows, rows, d] with known rows and d"
+    if overlap and found[0] % 2:
+        return f"{gates}, expected an even number of rows, of two series"
+    rotated = _rotated(node, found[1])
+    if rotated is None:
+        return "no rotation of the last dims of its entries was found"
+    return f"its entries are rotated as {'complex numbers' if rotated[0] else 'pairs'}, in a form that is not known"
+
+
 def _complex(operator: Callable[..., Tensor], rounded: bool) -> Callable[..., Tensor]:
     """``operator`` for angles as complex numbers [W, R / 2], shared by the batch."""
 
@@ -319,7 +369,13 @@ COMPUTATIONS = (
     ),
     Computation(aten.amax.default, functools.partial(_hugging_face_sites, False), _hugging_face, COMPRESS_HCA),
     *(
-        Computation(aten.amax.default, functools.partial(_deepseek_sites, "csa" in name), _deepseek, DEEPSEEK[name])
-        for name in DEEPSEEK
+        Computation(
+            aten.amax.default,
+            functools.partial(_deepseek_sites, overlap),
+            _deepseek,
+            DEEPSEEK[name],
+            functools.partial(_unplaced, overlap),
+        )
+        for name, overlap in (("compress_csa", True), ("compress_hca", False))
     ),
 )

@@ -103,14 +103,16 @@ def _sinkhorn_sites(node: Node) -> Iterator[Structure]:
 def _post_sites(node: Node) -> Iterator[Structure]:
     """``node`` is a batched product with small square matrices on the left."""
     shape = node.args[0].meta["val"].shape
-    if isinstance(shape[-1], int) and shape[-1] == shape[-2] and shape[-1] <= _MOST_STREAMS:
+    if all(isinstance(size, int) for size in shape[-2:]) and shape[-1] == shape[-2] <= _MOST_STREAMS:
         yield from _structures(node, shape[-1], dialects=("reference",))
 
 
 def _post_sum_sites(node: Node) -> Iterator[Structure]:
     """``node`` is the sum over the first of two stream dimensions of [B, S, HC, HC, D]."""
     shape = node.args[0].meta["val"].shape
-    if len(shape) == 5 and isinstance(shape[2], int) and shape[2] == shape[3] <= _MOST_STREAMS and node.args[1] == [2]:
+    if len(shape) != 5 or node.args[1] != [2] or not all(isinstance(size, int) for size in shape[2:4]):
+        return  # a symbolic size that is compared would become a guard
+    if shape[2] == shape[3] <= _MOST_STREAMS:
         yield Structure(_streams_dtype(node.args[0], shape[2]), shape[2], dialect="deepseek")
 
 

@@ -274,6 +274,20 @@ def _amax_sites(mxfp4: bool, node: Node) -> Iterator[Queries]:
                 yield Queries(heads, d, rope, hadamard, mxfp4, option, table_dtype, weights_dtype)
 
 
+def _amax_unplaced(node: Node) -> str | None:
+    """Why ``node`` is no site, if it is the largest magnitude of rows in which rotated dims were joined with others."""
+    magnitude = node.args[0]
+    joined = _nearest(node, _is(aten.cat.default), _FAR)
+    if len(node.args) > 2 or magnitude.target is not aten.abs.default or joined is None:
+        return None
+    if not any(user.target is aten.clamp_min.default for each in (node, *node.users) for user in each.users):
+        return None
+    return (
+        f"magnitudes of shape {list(magnitude.meta['val'].shape)} out of rows of shape "
+        f"{list(joined.meta['val'].shape)}, expected [T, heads, d] with known heads and a d of 64 or 128"
+    )
+
+
 def _gathered(operator: Callable[..., Any]) -> Callable[..., Any]:
     """``operator`` for cos and sin that are gathered already."""
     return lambda q, cos, sin, weights, **options: operator(q, None, cos, sin, weights, **options)
@@ -365,7 +379,7 @@ COMPUTATIONS = (
         Computation(aten.relu.default, functools.partial(_score_sites, "mxfp4" in name), _deepseek, DEEPSEEK[name])
         for name in DEEPSEEK
     ),
-    Computation(aten.amax.default, functools.partial(_amax_sites, False), _engine, INDEXER_Q_FP8),
+    Computation(aten.amax.default, functools.partial(_amax_sites, False), _engine, INDEXER_Q_FP8, _amax_unplaced),
     Computation(aten.amax.default, functools.partial(_amax_sites, True), _engine, INDEXER_Q_MXFP4),
     Computation(aten.relu.default, _hugging_face_sites, _hugging_face, HUGGING_FACE),
 )

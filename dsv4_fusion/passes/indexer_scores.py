@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import ops
 from ..ops._indexer import hadamard_ref, quantise_fp8_ref, quantise_mxfp4_ref
-from ._pattern import SIZES, Computation, Fusion, Trace
+from ._pattern import SIZES, Computation, Fusion, Trace, number
 from .indexer import _modeling, _nearest, _product, _rotated_queries, _single
 
 aten = torch.ops.aten
@@ -144,8 +144,8 @@ def _sites(node: Node) -> Iterator[Choice]:
 def _chosen(k: Any) -> tuple[int | None, bool]:
     """``top_k`` and ``fewer`` of an argument of top-k."""
     value = k.meta["val"] if isinstance(k, Node) else k
-    if isinstance(value, int):
-        return value, False
+    if (known := number(value)) is not None:
+        return known, False
     numbers = [int(part) for part in value.node.expr.args if part.is_Integer]
     if value.node.expr.func.__name__ == "Min" and len(numbers) == 1:
         return numbers[0], True

@@ -19,7 +19,7 @@ from dsv4_fusion.report import NearMiss, Report
 ROOT = Path(__file__).parents[2]
 
 
-def capture(function: Callable, *inputs: Any, **keywords: Any) -> Graph:
+def capture(function: Callable, *inputs: Any, dynamic: bool | None = None, **keywords: Any) -> Graph:
     """The one graph of ``function`` as the pass gets it; it is not run."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -44,7 +44,7 @@ def capture(function: Callable, *inputs: Any, **keywords: Any) -> Graph:
 
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(function, backend=backend)(*inputs, **keywords)
+        torch.compile(function, backend=backend, dynamic=dynamic)(*inputs, **keywords)
     torch._dynamo.reset()
     (graph,) = graphs
     return graph

@@ -16,7 +16,7 @@ import dsv4_fusion
 from dsv4_fusion.options import FusionOptions
 from examples import deepseek
 from examples.model import model
-from tests.passes.breaking import check_source, sentence
+from tests.passes.breaking import capture, check_source, fused, sentence
 
 CSA, HCA = {"compress_csa": 2}, {"compress_hca": 1}
 
@@ -170,6 +170,46 @@ def test_deepseek(ratio, indexer, expected, quantise):
         assert far.float().mean() < 0.03
     else:
         torch.testing.assert_close(got, eager, rtol=2**-7, atol=0.02)
+
+
+@pytest.mark.parametrize(("ratio", "indexer"), [(4, False), (4, True), (16, False)])
+def test_deepseek_with_symbolic_batch_and_length(ratio, indexer):
+    """PyTorch then writes S // (S // 4) for 4, or keeps the type of a symbol for a number."""
+    compressor, _ = deepseek_compressor(ratio, indexer=indexer, quantise=False)
+    table = deepseek.rope_table(deepseek.Config.tiny(), compressed=True)
+    name, reports = "compress_hca" if ratio == 16 else "compress_csa", []
+    compiled = rewritten(compressor, True, reports.append)
+    for batch, length in ((2, 40), (3, 64), (5, 47), (2, 32)):
+        x = torch.randn(batch, length, 128, generator=torch.Generator().manual_seed(length)).bfloat16()
+        got, eager = compiled(x, table[:length]), compressor(x, table[:length])
+        torch.testing.assert_close(got, eager, rtol=2**-7, atol=0.02)
+    assert reports and all(report.counts == {name: 1} for report in reports), reports
+    assert not any(report.near_misses for report in reports), reports
+
+
+@pytest.mark.parametrize(("ratio", "change"), [(4, "shape"), (16, "shape"), (16, "rotation")])
+def test_a_site_of_unknown_structure_is_reported(ratio, change):
+    """Not a word was said where the sizes around the anchor told nothing."""
+    compressor, given = deepseek_compressor(ratio, quantise=False)
+    graph, name = capture(compressor, *given), "compress_csa" if ratio == 4 else "compress_hca"
+    (largest,) = graph.find_nodes(op="call_function", target=torch.ops.aten.amax.default)
+    gates = largest.args[0]
+    if change == "shape":
+        gates.meta["val"] = gates.meta["val"].unsqueeze(0)
+        reason = f"the gates' shape is {list(gates.meta['val'].shape)}, expected [B, windows, rows, d]"
+    else:
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target is not torch.ops.aten.amax.default:
+                value = node.meta.get("val")
+                if isinstance(value, torch.Tensor) and value.dtype == torch.complex64:
+                    node.meta["val"] = value.real
+            if node.target in (torch.ops.aten.slice.Tensor, torch.ops.aten.slice_scatter.default):
+                node.args = tuple(0 if isinstance(a, int) and a < 0 and i > 1 else a for i, a in enumerate(node.args))
+        reason = "no rotation of the last dims of its entries was found"
+    report = fused(graph)
+    assert not report.counts, report
+    (miss,) = report.near_misses
+    assert miss.fusion == name and reason in miss.reason, report
 
 
 # Near misses: none may match, and the report has the reason

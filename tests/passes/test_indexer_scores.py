@@ -261,3 +261,22 @@ def test_what_nearly_matches_is_left_alone_and_explained(name):
     expected = tail(*tail_inputs(), **changes)
     got, expected = ((value,) if isinstance(value, Tensor) else value for value in (got, expected))
     assert all(torch.equal(ours, eager) for ours, eager in zip(got, expected, strict=True))
+
+
+def test_what_a_replacement_is_made_of_is_no_site(monkeypatch):
+    """The keys are quantised in front of the operator, in the form of what would be a site in a model's own code."""
+    from dsv4_fusion.passes import _manager
+    from dsv4_fusion.passes.indexer import _amax_unplaced
+
+    graphs, replace = [], _manager._replace
+
+    def kept(graph, match, replacement):
+        graphs.append(graph)
+        return replace(graph, match, replacement)
+
+    monkeypatch.setattr(_manager, "_replace", kept)
+    net = indexer()
+    report, _ = run(lambda *tensors: net(*tensors, None, 0), *inputs(2, 40), indexer="fp8")
+    assert report.counts == {"indexer_topk": 1} and not report.near_misses, report
+    largest = graphs[0].find_nodes(op="call_function", target=torch.ops.aten.amax.default)
+    assert any(map(_amax_unplaced, largest)), "nothing there would be taken for a site"
