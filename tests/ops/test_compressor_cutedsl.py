@@ -224,16 +224,16 @@ def test_what_it_cannot_take_is_refused_and_triton_takes_it(changes, change):
 LANES = np.arange(32, dtype=np.int32)
 
 
-def run_exponential(x: np.ndarray) -> np.ndarray:
-    """The PTX of the exponential, each instruction rounded."""
-    values = {"{$r0}": x}
+def run_exponential(x: np.ndarray, count: int) -> np.ndarray:
+    """The PTX of ``count`` exponentials, each instruction rounded."""
+    values = {f"{{$r{i}}}": part for i, part in enumerate(np.split(x, count))}
 
     def value(name: str):
         if name.startswith("0f"):
             return np.uint32(int(name[2:], 16)).view(np.float32)
         return values[name] if name in values else np.uint32(int(name, 0))
 
-    for line in compressor_row.EXPONENTIAL.strip("{} ").split(";"):
+    for line in compressor_row._exponential(count).strip("{} ").split(";"):
         operation, _, rest = line.strip().partition(" ")
         if not operation or operation == ".reg":
             continue
@@ -243,7 +243,7 @@ def run_exponential(x: np.ndarray) -> np.ndarray:
         if kind == "mov":
             result = given[0]
             if operation.endswith("b32"):
-                result = result.view(np.uint32 if to in ("e", "p") else np.float32)
+                result = result.view(np.uint32 if to[0] in "ep" else np.float32)
         elif kind == "fma":
             result = fma(*given)
         elif kind == "neg":
@@ -254,15 +254,16 @@ def run_exponential(x: np.ndarray) -> np.ndarray:
             act = {"mul": np.multiply, "add": np.add, "sub": np.subtract, "shl": np.left_shift, "setp": np.less}[kind]
             result = act(given[0], given[1])
         values[to] = result
-    return values["{$w0}"]
+    return np.concatenate([values[f"{{$w{i}}}"] for i in range(count)])
 
 
-def test_the_exponential():
+@pytest.mark.parametrize("count", [1, compressor_row.TOGETHER])
+def test_the_exponential(count):
     torch.manual_seed(0)
-    x = torch.cat([-torch.rand(100000) * 100, -torch.rand(100000), torch.linspace(-88, -86, 4097)])
-    x = torch.cat([x, torch.tensor([0.0, -0.0, -torch.inf, -87.0, -1e-45])])
+    x = torch.cat([-torch.rand(100000) * 100, -torch.rand(100000), torch.linspace(-88, -86, 4096)])
+    x = torch.cat([x, torch.tensor([0.0, -0.0, -torch.inf, -87.0, -1e-45, -3.0, -1.0, -2.0])])
     with np.errstate(all="ignore"):
-        got = torch.from_numpy(run_exponential(x.numpy()))
+        got = torch.from_numpy(run_exponential(x.numpy(), count))
     assert_same_bits([got], [_compressor.exp_ref(x)])
 
 

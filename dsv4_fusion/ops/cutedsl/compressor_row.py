@@ -19,36 +19,43 @@ from .rows import across
 
 INFINITY = 0x7F800000
 MAGNITUDE = 0x7FFFFFFF
+TOGETHER = 4  # exponentials
 
 
 def _constant(value: float) -> str:
     return f"0f{struct.unpack('>I', struct.pack('>f', value))[0]:08X}"
 
 
-def _exponential() -> str:
-    """PTX of ``exp_ref``."""
-    horner = "".join(f"fma.rn.f32 y, y, f, {_constant(coefficient)}; " for coefficient in reversed(EXP2[:-1]))
-    return (
-        "{ .reg .f32 s, n, f, y; .reg .b32 e, p; .reg .pred small; "
-        f"fma.rn.f32 s, {{$r0}}, {_constant(LOG2_E)}, {_constant(INTEGER)}; sub.rn.f32 n, s, {_constant(INTEGER)}; "
-        f"neg.f32 n, n; fma.rn.f32 f, {{$r0}}, {_constant(LOG2_E)}, n; mov.f32 y, {_constant(EXP2[-1])}; {horner}"
+def _exponential(count: int) -> str:
+    """PTX of ``exp_ref`` for ``count`` numbers: each of its operations for all of them before the next, because the
+    assembler leaves them so, and the next one has to wait for the result."""
+    coefficients = [_constant(coefficient) for coefficient in reversed(EXP2)]
+    steps = [
+        f"fma.rn.f32 s@, {{$r@}}, {_constant(LOG2_E)}, {_constant(INTEGER)};",
+        f"sub.rn.f32 n@, s@, {_constant(INTEGER)};",
+        f"neg.f32 n@, n@; fma.rn.f32 f@, {{$r@}}, {_constant(LOG2_E)}, n@; mov.f32 y@, {coefficients[0]};",
+        *[f"fma.rn.f32 y@, y@, f@, {coefficient};" for coefficient in coefficients[1:]],
         # The last bits of s are those of the integer
-        "mov.b32 e, s; shl.b32 e, e, 23; mov.b32 p, y; add.u32 p, p, e; mov.b32 y, p; "
-        f"setp.lt.f32 small, {{$r0}}, {_constant(LEAST)}; selp.f32 {{$w0}}, {_constant(0.0)}, y, small; }}"
-    )
+        "mov.b32 e@, s@; shl.b32 e@, e@, 23; mov.b32 p@, y@; add.u32 p@, p@, e@; mov.b32 y@, p@;",
+        f"setp.lt.f32 small@, {{$r@}}, {_constant(LEAST)}; selp.f32 {{$w@}}, {_constant(0.0)}, y@, small@;",
+    ]
+    names = ".reg .f32 s@, n@, f@, y@; .reg .b32 e@, p@; .reg .pred small@;"
+    return "{ " + " ".join(step.replace("@", str(i)) for step in [names, *steps] for i in range(count)) + " }"
 
 
-EXPONENTIAL = _exponential()
-
-
-def exponential(x: Float32) -> Float32:
-    """e^x for x from -inf to 0; of a NaN any number."""
-    return inline_ptx(EXPONENTIAL, write_only_types=[Float32], read_only_args=[x])
+def exponentials(x: list[Float32]) -> list[Float32]:
+    """e^x for each x, from -inf to 0; of a NaN any number."""
+    found = []
+    for first in range(0, len(x), TOGETHER):
+        some = x[first : first + TOGETHER]
+        result = inline_ptx(_exponential(len(some)), write_only_types=[Float32] * len(some), read_only_args=some)
+        found += [result] if len(some) == 1 else list(result)
+    return found
 
 
 def weights(gates: list[Float32], largest: Float32) -> list[Float32]:
     """Of rows; ``largest`` is NaN where the gate of any row is, and the first weight then too."""
-    found = [exponential(ptx.sub(gate, largest)) for gate in gates]
+    found = exponentials([ptx.sub(gate, largest) for gate in gates])
     return [ptx.add(found[0], ptx.sub(largest, largest)), *found[1:]]
 
 
