@@ -198,7 +198,7 @@ class Long(Feed):
             ptx.store_shared(ready + 8 * lane, [Uint32(LEAST)] * 2)
         sums = []
         for i in cutlass.range_constexpr(columns):
-            weights = row.weights([gates[r * columns + i] for r in range(rows)], found[i])
+            weights = row.weights([gates[r * columns + i] for r in range(rows)], found[i], 1)
             sums.append(row.tree([ptx.mul(weights[r], values[r * columns + i]) for r in range(rows)]))
             sums.append(row.tree(weights))
         turn = unit & 1

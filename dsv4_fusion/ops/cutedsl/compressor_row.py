@@ -19,7 +19,6 @@ from .rows import across
 
 INFINITY = 0x7F800000
 MAGNITUDE = 0x7FFFFFFF
-TOGETHER = 4  # exponentials
 
 
 def _constant(value: float) -> str:
@@ -43,19 +42,19 @@ def _exponential(count: int) -> str:
     return "{ " + " ".join(step.replace("@", str(i)) for step in [names, *steps] for i in range(count)) + " }"
 
 
-def exponentials(x: list[Float32]) -> list[Float32]:
-    """e^x for each x, from -inf to 0; of a NaN any number."""
+def exponentials(x: list[Float32], together: int) -> list[Float32]:
+    """e^x for each x, from -inf to 0, so many together; of a NaN any number."""
     found = []
-    for first in range(0, len(x), TOGETHER):
-        some = x[first : first + TOGETHER]
+    for first in range(0, len(x), together):
+        some = x[first : first + together]
         result = inline_ptx(_exponential(len(some)), write_only_types=[Float32] * len(some), read_only_args=some)
         found += [result] if len(some) == 1 else list(result)
     return found
 
 
-def weights(gates: list[Float32], largest: Float32) -> list[Float32]:
+def weights(gates: list[Float32], largest: Float32, together: int) -> list[Float32]:
     """Of rows; ``largest`` is NaN where the gate of any row is, and the first weight then too."""
-    found = exponentials([ptx.sub(gate, largest) for gate in gates])
+    found = exponentials([ptx.sub(gate, largest) for gate in gates], together)
     return [ptx.add(found[0], ptx.sub(largest, largest)), *found[1:]]
 
 

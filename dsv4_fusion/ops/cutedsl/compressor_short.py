@@ -19,6 +19,7 @@ from .compressor_state import view
 SAVERS = 4  # warps
 COLUMNS = 2  # of a thread in the format "kv": an entry is ready sooner with 2, and takes fewer instructions with 4
 POOLERS = {2: 16, 4: 12}  # warps, by columns: with more there are too few registers
+TOGETHER = 4  # exponentials; where the bytes are what takes time, as in long windows, one at a time is quicker
 
 
 class Short(Feed):
@@ -192,7 +193,7 @@ class Short(Feed):
                     gates[r * columns + i] = row.choose(r >= old, gate, gates[r * columns + i])
         for i in cutlass.range_constexpr(columns):
             own = [gates[r * columns + i] for r in range(rows)]
-            for r, weight in enumerate(row.weights(own, functools.reduce(ptx.maximum_nan, own))):
+            for r, weight in enumerate(row.weights(own, functools.reduce(ptx.maximum_nan, own), TOGETHER)):
                 gates[r * columns + i] = weight
         if old < rows - 1:
             self.rarely(base)
