@@ -23,7 +23,7 @@ from tests.ops.test_compressor_cache import INSERTS, Feed
 from tests.ops.test_compressor_compile_sm90 import cute_arguments
 from tests.ops.test_indexer import assert_same_bits
 
-from dsv4_fusion.ops.cutedsl import compressor_cache, compressor_row  # isort: skip
+from dsv4_fusion.ops.cutedsl import compressor_cache, compressor_row, compressor_short  # isort: skip
 
 IMPLEMENTATION = "cutedsl"
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -257,7 +257,7 @@ def run_exponential(x: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([values[f"{{$w{i}}}"] for i in range(count)])
 
 
-@pytest.mark.parametrize("count", [1, compressor_row.TOGETHER])
+@pytest.mark.parametrize("count", [1, compressor_short.TOGETHER])
 def test_the_exponential(count):
     torch.manual_seed(0)
     x = torch.cat([-torch.rand(100000) * 100, -torch.rand(100000), torch.linspace(-88, -86, 4096)])
