@@ -57,7 +57,7 @@ def flush(call: Callable[[], object]) -> float:
 
     def before() -> None:
         cache.zero_()
-        torch.cuda._sleep(100_000)  # the launches are queued by the time it ends: their cost on the CPU stays out
+        torch.cuda._sleep(500_000)  # the launches are queued by the time it ends, on a busy CPU too: they stay out
 
     for _ in range(3):
         call()
