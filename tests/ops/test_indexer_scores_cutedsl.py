@@ -16,7 +16,8 @@ pytest.importorskip("triton")  # its wheel has the disassembler
 import triton
 
 from dsv4_fusion import ops
-from dsv4_fusion.ops.cutedsl import indexer_scores, indexer_scores_paged
+from dsv4_fusion.ops.cutedsl import scores as ragged_kernel
+from dsv4_fusion.ops.cutedsl import scores_paged as paged_kernel
 from dsv4_fusion.ops.indexer_scores import best_ref
 from dsv4_fusion.ops.indexer_scores_paged import _cutedsl_paged_limits
 from tests.ops import test_indexer_scores as scores
@@ -59,13 +60,13 @@ def disassembled(module, variant: tuple, folder: Path) -> str:
 def test_compiles_for_sm90(variant, tmp_path):
     """The tensor cores have more to do when a warpgroup begins to sum, and relu and weight are two instructions."""
     heads, d, dtype, *_ = variant
-    sass = disassembled(indexer_scores, variant, tmp_path)
+    sass = disassembled(ragged_kernel, variant, tmp_path)
     steps = d // (32 if dtype == FP8 else 16)
     order = re.findall(r"\b([QH]GMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR|BAR\.ARV)\b", sass)
     product = "QGMMA" if dtype == FP8 else "HGMMA"
     one = ["WARPGROUP.ARRIVE"] + [product] * steps
-    terms = indexer_scores.COLUMNS * 64 // 128  # of a thread, in a stage
-    if indexer_scores.Scores(heads, d, dtype == FP8, "all").parts == 1:
+    terms = ragged_kernel.COLUMNS * 64 // 128  # of a thread, in a stage
+    if ragged_kernel.Scores(heads, d, dtype == FP8, "all").parts == 1:
         stage = [*one, "WARPGROUP.DEPBAR", "BAR.ARV", "WARPGROUP.DEPBAR"]
         stages = order.count("BAR.ARV") - 1
         assert order == ["BAR.ARV"] + stage * stages
@@ -83,10 +84,10 @@ def test_compiles_for_sm90(variant, tmp_path):
 def test_pages_compile_for_sm90(variant, tmp_path):
     """Nothing waits between products but for the last; MXFP4 is expanded by two multiplications a pair."""
     heads, d, dtype, queries, page, _, each, _ = variant
-    kernel = indexer_scores_paged.PagedScores(heads, d, dtype == FP8, queries, page, each)
-    assert kernel.stages * indexer_scores_paged.KEYS * kernel.row >= 48 * 1024
+    kernel = paged_kernel.PagedScores(heads, d, dtype == FP8, queries, page, each)
+    assert kernel.stages * paged_kernel.KEYS * kernel.row >= 48 * 1024
     assert kernel.stages % kernel.consumers == 0
-    sass = disassembled(indexer_scores_paged, variant, tmp_path)
+    sass = disassembled(paged_kernel, variant, tmp_path)
     order = re.findall(r"\b([QH]GMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR)\b", sass)
     if dtype == FP8:
         turn = ["WARPGROUP.ARRIVE"] + ["QGMMA"] * (d // 32) + ["WARPGROUP.DEPBAR"]

@@ -1,0 +1,598 @@
+"""The indexer's scores of keys in pages, on SM90: memory is read once, and everything else happens meanwhile.
+
+A block goes through a contiguous part of all sequences' keys, of the same size for every block whatever the lengths
+are, 64 keys at a time: these are a product's rows, and the heads of all queries of a sequence its columns. One warp
+brings keys, two lay out queries, one writes −inf behind the sequences; two or three warpgroups take the keys in turns,
+each on its own. FP8 is multiplied from shared memory, where TMA has swizzled it. MXFP4 comes as it is, and a thread
+expands to bf16 in registers what the product wants of it there: dims are multiplied in an order in which these are
+whole words of one block, and the queries are laid out in the same order.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+import torch
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
+
+from . import launch, ptx
+from .scores import GROUP, LINE, MINUS_INFINITY, SHARED, _choose, _within
+from .scores_mxfp4 import LARGEST, expand, exponent, powers, spread
+
+KEYS = 64  # of a stage: a page, some neighbours, or a part of one; one warpgroup takes them
+COLUMNS = 128  # of a product, at most: the heads of some queries of a sequence
+STAGES = 24  # at most
+CONSUMERS = 3  # warpgroups, where a product is narrow enough for their registers
+NARROW = 64  # columns
+TOGETHER = 64  # dims of FP8 that the tensor core adds; these sums, which it cuts to 14 bits, are added in fp32
+CHUNK = 2048  # keys of which a block looks for those that no query sees
+LAYING = 64  # threads that lay out queries
+AT_ONCE = 4  # pieces of these whose loads are under way; half as many of MXFP4, which takes more registers
+WARP = 32
+
+
+class PagedScores:
+    """The kernel.
+
+    Args:
+        heads: 32, 64 or 128.
+        d: 64 or 128.
+        fp8: e4m3 queries and keys with scales; MXFP4 otherwise.
+        queries: of a sequence, 1 to 4.
+        page_size: a power of two, 16 at least.
+        each: whether every query has a length of its own.
+    """
+
+    def __init__(self, heads: int, d: int, fp8: bool, queries: int, page_size: int, each: bool) -> None:
+        self.heads, self.d, self.fp8, self.queries, self.page, self.each = heads, d, fp8, queries, page_size, each
+        self.columns = heads * queries
+        self.share = max(n for n in range(1, queries + 1) if queries % n == 0 and heads * n <= max(COLUMNS, heads))
+        self.width, self.passes = heads * self.share, queries // self.share  # a product's columns; products
+        self.consumers = CONSUMERS if self.width <= NARROW else 2
+        self.pages, self.rows = max(1, KEYS // page_size), min(KEYS, page_size)  # of a stage, and of a page there
+        size = 1 if fp8 else 2
+        self.line = min(d, LINE // size)  # values of a query that lie together
+        self.lines = d // self.line
+        self.row = d if fp8 else d // 2  # bytes of a key
+        self.parts = max(1, d // TOGETHER) if fp8 else 1  # sums of a product
+        per_q, per_k = self.columns * (d * size + 4), KEYS * (self.row + 4) + 24
+        self.tiles_q = 2 if 2 * per_q <= 96 * 1024 else 1
+        stages = min(STAGES, (SHARED - 4096 - self.tiles_q * per_q) // per_k)
+        self.stages = stages - stages % self.consumers  # one of them has the same ones always, and misses no phase
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        q_scale: cute.Tensor | None,
+        cache: cute.Tensor,
+        weights: cute.Tensor,
+        table: cute.Tensor,
+        lengths: cute.Tensor,
+        out: cute.Tensor,
+        processors: Int32,
+        stream: cuda.CUstream,
+    ):
+        dtype = Float8E4M3FN if cutlass.const_expr(self.fp8) else BFloat16
+        q_layout = self._layout(dtype, self.width, self.tiles_q * self.passes * self.lines)
+        k_layout = self._layout(dtype, KEYS, self.stages) if cutlass.const_expr(self.fp8) else None
+        tma_k, k = None, None
+        if cutlass.const_expr(self.fp8):
+            values = cute.make_tensor(
+                cute.recast_ptr(cache.iterator, dtype=Float8E4M3FN),
+                cute.make_layout((self.page, self.d, cache.shape[0]), stride=(self.d, 1, cache.stride[0])),
+            )
+            box = self._layout(dtype, self.rows, 1)
+            tma_k, k = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileG2SOp(), values, cute.slice_(box, (None, None, 0)), (self.rows, self.d)
+            )
+
+        @cute.struct
+        class Shared:
+            full: cute.struct.MemRange[Int64, self.stages]
+            empty: cute.struct.MemRange[Int64, self.stages]
+            q_full: cute.struct.MemRange[Int64, self.tiles_q]
+            q_empty: cute.struct.MemRange[Int64, self.tiles_q]
+            found: cute.struct.MemRange[Int32, self.stages]
+            tile_q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(q_layout)], 1024]
+            tile_k: cute.struct.Align[cute.struct.MemRange[Float8E4M3FN, self.stages * KEYS * self.row], 1024]
+            scales: cute.struct.Align[cute.struct.MemRange[Uint32, self.stages * KEYS], 128]
+            weights: cute.struct.Align[cute.struct.MemRange[Float32, self.tiles_q * self.columns], 128]
+
+        self.shared, self.dtype, self.result = Shared, dtype, out.element_type
+        most = out.shape[0] * ((out.shape[2] + KEYS - 1) // KEYS)
+        self.kernel(tma_k, k, q, q_scale, cache, weights, table, lengths, out, q_layout, k_layout).launch(
+            grid=[cutlass.min(most, processors), 1, 1],
+            block=[(1 + self.consumers) * GROUP, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+
+    def _layout(self, dtype, rows: int, stages: int):
+        atom = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, self.line)
+        return cute.tile_to_shape(
+            warpgroup.make_smem_layout_atom(atom, dtype), (rows, self.line, stages), order=(0, 1, 2)
+        )
+
+    def _mma(self):
+        major = LayoutEnum.ROW_MAJOR.sm90_mma_major_mode()
+        source = warpgroup.OperandSource.SMEM if self.fp8 else warpgroup.OperandSource.RMEM
+        dtype = self.dtype
+        return sm90.make_trivial_tiled_mma(dtype, dtype, major, major, Float32, (1, 1, 1), (64, self.width), source)
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma_k: cute.CopyAtom | None,
+        k: cute.Tensor | None,
+        q: cute.Tensor,
+        q_scale: cute.Tensor | None,
+        cache: cute.Tensor,
+        weights: cute.Tensor,
+        table: cute.Tensor,
+        lengths: cute.Tensor,
+        out: cute.Tensor,
+        q_layout: cute.ComposedLayout,
+        k_layout: cute.ComposedLayout | None,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        group = cute.arch.make_warp_uniform(thread // GROUP)
+        storage = SmemAllocator().allocate(self.shared)
+        if warp == 0:
+            if cutlass.const_expr(self.fp8):
+                cpasync.prefetch_descriptor(tma_k)
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(self.stages):
+                    cute.arch.mbarrier_init(storage.full.data_ptr() + i, 1)
+                    cute.arch.mbarrier_init(storage.empty.data_ptr() + i, 4)
+                for i in cutlass.range_constexpr(self.tiles_q):
+                    cute.arch.mbarrier_init(storage.q_full.data_ptr() + i, LAYING)
+                    cute.arch.mbarrier_init(storage.q_empty.data_ptr() + i, self.consumers * 4)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        work = self._part(lengths, out)
+        if group == 0:
+            cute.arch.setmaxregister_decrease(56)
+            if warp == 0:
+                self._bring(storage, tma_k, k, cache, table, lengths, out, work)
+            elif warp == 3:
+                self._fill(lengths, out)
+            else:
+                self._lay_out(storage, q, q_scale, weights, lengths, out, work, thread - WARP)
+        else:
+            cute.arch.setmaxregister_increase(152 if self.consumers == 3 else 224)
+            self._score(storage, q_layout, k_layout, lengths, out, work, group - 1, thread % GROUP)
+
+    # What there is to do
+
+    def _end(self, lengths, b, query, length) -> Int32:
+        """Before which keys a query sees."""
+        if self.each:
+            return _within(Int64(lengths[b, query]), length)
+        return _within(cutlass.max(Int64(lengths[b]), Int64(0)) - (self.queries - 1 - query), length)
+
+    def _tiles(self, lengths, b, length) -> Int32:
+        """Stages of a sequence, of which some query sees a key."""
+        ends = [
+            self._end(lengths, b, query, length) for query in range(0 if self.each else self.queries - 1, self.queries)
+        ]
+        return (functools.reduce(cutlass.max, ends) + KEYS - 1) // KEYS
+
+    @cute.jit
+    def _part(self, lengths, out):
+        """A block's part of all stages: the first one's sequence and place there, and how many."""
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        lane = cute.arch.lane_idx()
+        batch, length = out.shape[0], out.shape[2]
+        rounds = (batch + WARP - 1) // WARP
+        total = Int32(0)
+        for i in cutlass.range(0, rounds, unroll=4):
+            b = i * WARP + lane
+            total += _select(b < batch, self._tiles(lengths, cutlass.min(b, batch - 1), length), Int32(0))
+        for bit in cutlass.range_constexpr(5):
+            total += cute.arch.shuffle_sync_bfly(total, offset=1 << bit)
+        count, more = total // blocks, total % blocks
+        begin = block * count + cutlass.min(block, more)
+        count += _select(block < more, Int32(1), Int32(0))
+
+        before, sequence, tile = Int32(0), Int32(0), Int32(0)
+        for i in cutlass.range(0, rounds):
+            b = i * WARP + lane
+            mine = _select(b < batch, self._tiles(lengths, cutlass.min(b, batch - 1), length), Int32(0))
+            upto = mine
+            for bit in cutlass.range_constexpr(5):
+                other = cute.arch.shuffle_sync_up(upto, offset=1 << bit)
+                upto += _select(lane >= 1 << bit, other, Int32(0))
+            first = before + upto - mine
+            here = (begin >= first) & (begin < first + mine)
+            sequence = _select(here, b, sequence)
+            tile = _select(here, begin - first, tile)
+            before += cute.arch.shuffle_sync(upto, offset=WARP - 1)
+        for bit in cutlass.range_constexpr(5):  # all but one are 0
+            sequence = cutlass.max(sequence, cute.arch.shuffle_sync_bfly(sequence, offset=1 << bit))
+            tile = cutlass.max(tile, cute.arch.shuffle_sync_bfly(tile, offset=1 << bit))
+        return sequence, tile, count
+
+    # The warp that brings keys
+
+    @cute.jit
+    def _bring(self, storage, tma_k, k, cache, table, lengths, out, work):
+        sequence, tile, left = work
+        stage, phase = Int32(0), Int32(1)
+        few = WARP // self.pages  # stages whose pages the lanes of a warp know
+        full, empty, found = (range_.data_ptr() for range_ in (storage.full, storage.empty, storage.found))
+        while left > 0:
+            last = cutlass.min(self._tiles(lengths, sequence, out.shape[2]), tile + left)
+            ahead = self._load_page(table, sequence, tile)
+            for begin in cutlass.range(tile, last, few):
+                pages = self._page(cache, table, ahead, begin)
+                ahead = self._load_page(table, sequence, begin + few)  # which nothing needs until then
+                for at in cutlass.range(begin, cutlass.min(begin + few, last)):
+                    several = [cute.arch.shuffle_sync(pages, (at - begin) * self.pages + i) for i in range(self.pages)]
+                    mask = Int32(0)
+                    for i in cutlass.range_constexpr(self.pages):
+                        mask += _select(several[i] >= 0, Int32(1 << i), Int32(0))
+                    cute.arch.mbarrier_wait(empty + stage, phase)
+                    with cute.arch.elect_one():
+                        cute.make_tensor(found + stage, cute.make_layout(1))[0] = mask
+                        size = cute.arch.popc(mask) * (self.rows * (self.row + 4))
+                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, size)
+                        for i in cutlass.range_constexpr(self.pages):
+                            self._copy(storage, cache, several[i], at, stage, i)
+                    if cutlass.const_expr(self.fp8):
+                        for i in cutlass.range_constexpr(self.pages):
+                            self._copy_values(storage, tma_k, k, several[i], at, stage, i)
+                    stage += 1
+                    if stage == self.stages:
+                        stage = Int32(0)
+                        phase = phase ^ 1
+            left -= last - tile
+            sequence += 1
+            tile = Int32(0)
+
+    def _place(self, tile):
+        """Of a lane's page in the table: the first lanes' are those of the stage ``tile``, and so on."""
+        lane = cute.arch.lane_idx()
+        return (tile + lane // self.pages) * KEYS // self.page + lane % self.pages
+
+    def _load_page(self, table, sequence, tile):
+        return table[sequence, cutlass.min(self._place(tile), table.shape[1] - 1)]
+
+    def _page(self, cache, table, number, tile) -> Int32:
+        """What was loaded, or −1 for no page of the cache."""
+        number = Int64(number)
+        known = (number >= 0) & (number < Int64(cache.shape[0])) & (self._place(tile) < table.shape[1])
+        return _select(known, Int32(number), Int32(-1))
+
+    @cute.jit
+    def _copy(self, storage, cache, page, at, stage, i: cutlass.Constexpr):
+        """Scales, and values of MXFP4, by one thread."""
+        if page >= 0:
+            barrier = storage.full.data_ptr() + stage
+            row, to = at * KEYS % self.page, stage * KEYS + i * self.rows  # of the page, and of all stages
+            source = cache.iterator + Int64(page) * cache.stride[0]
+            if cutlass.const_expr(not self.fp8):
+                values = storage.tile_k.data_ptr() + to * self.row
+                ptx.bulk(values, source + row * self.row, self.rows * self.row, barrier)
+            scales = source + (self.page * self.row + row * 4)
+            ptx.bulk(storage.scales.data_ptr() + to, scales, self.rows * 4, barrier)
+
+    @cute.jit
+    def _copy_values(self, storage, tma_k, k, page, at, stage, i: cutlass.Constexpr):
+        """Values of FP8, by a warp."""
+        if page >= 0:
+            layout = self._layout(Float8E4M3FN, self.rows, self.stages * self.pages)
+            s_k = storage.tile_k.get_tensor(layout.outer, swizzle=layout.inner)
+            tiles = cute.local_tile(k, (self.rows, self.d), (None, None, None))
+            own, theirs = cpasync.tma_partition(
+                tma_k, 0, cute.make_layout(1), cute.group_modes(s_k, 0, 2), cute.group_modes(tiles, 0, 2)
+            )
+            cute.copy(
+                tma_k,
+                theirs[(None, at * KEYS % self.page // self.rows, 0, page)],
+                own[(None, stage * self.pages + i)],
+                tma_bar_ptr=storage.full.data_ptr() + stage,
+            )
+
+    # The warps that lay out queries
+
+    @cute.jit
+    def _lay_out(self, storage, q, q_scale, weights, lengths, out, work, thread):
+        sequence, tile, left = work
+        slot, phase = Int32(0), Int32(1)
+        while left > 0:
+            last = cutlass.min(self._tiles(lengths, sequence, out.shape[2]), tile + left)
+            if last > tile:
+                cute.arch.mbarrier_wait(storage.q_empty.data_ptr() + slot, phase)
+                count = (self.columns + LAYING - 1) // LAYING
+                columns = [cutlass.min(i * LAYING + thread, self.columns - 1) for i in range(count)]
+                kept = [weights[Int64(sequence) * self.columns + column] for column in columns]
+                pieces = self.columns * (self.d // 16 if cutlass.const_expr(self.fp8) else 4) // LAYING
+                for i in cutlass.range(0, pieces, unroll=AT_ONCE if self.fp8 else AT_ONCE // 2):
+                    self._lay(storage, q, q_scale, sequence, slot, i * LAYING + thread)
+                for i in cutlass.range_constexpr(count):
+                    to = storage.weights.data_ptr() + (slot * self.columns + columns[i])
+                    ptx.store_shared(to, [ptx.bits(kept[i])])
+                cute.arch.fence_view_async_shared()
+                cute.arch.mbarrier_arrive(storage.q_full.data_ptr() + slot)
+                slot += 1
+                if slot == self.tiles_q:
+                    slot = Int32(0)
+                    phase = phase ^ 1
+            left -= last - tile
+            sequence += 1
+            tile = Int32(0)
+
+    def _lay(self, storage, q, q_scale, sequence, slot, piece):
+        """16 bytes of FP8, or a quarter of a row of MXFP4, to where the product expects it."""
+        to = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
+        per = self.d // 16 if self.fp8 else 4
+        column, part = piece // per, piece % per
+        row = Int64(sequence) * self.columns + column
+        source = q.iterator + row * q.stride[0]
+        if self.fp8:
+            place = slot * self.columns + column
+            turned = part ^ (column % 8 if self.d == 128 else column // 2 % 4)
+            ptx.store_shared(to + (place * self.d + turned * 16), ptx.load(source + part * 16, 4))
+            return
+        words = self.d // 32  # of a thread
+        packed = ptx.load(source + part * (4 * words), words)
+        factors = powers(Uint32(q_scale[row]), part * words // 4)
+        place = (slot * self.passes + column // self.width) * self.lines * self.width + column % self.width
+        for word in range(words):
+            for j, pair in enumerate(expand(packed[word], factors)):
+                turned = (word % 2 * 4 + j) ^ (column % 8)
+                at = (place + word // 2 * self.width) * LINE + turned * 16 + part * 4
+                ptx.store_shared(to + at, [pair])
+
+    # The warp that writes where nothing is seen
+
+    @cute.jit
+    def _fill(self, lengths, out):
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        lane = cute.arch.lane_idx()
+        batch, length = out.shape[0], out.shape[2]
+        chunks = (length + CHUNK - 1) // CHUNK
+        for piece in cutlass.range(block, batch * chunks, blocks):
+            b, chunk = piece // chunks, piece % chunks
+            first = cutlass.max(chunk * CHUNK, self._tiles(lengths, b, length) * KEYS)
+            last = cutlass.min(chunk * CHUNK + CHUNK, length)
+            for query in cutlass.range_constexpr(self.queries):
+                for key in cutlass.range(first + lane, last, WARP):
+                    out[b, query, key] = ptx.real(Uint32(MINUS_INFINITY)).to(self.result)
+
+    # The warpgroups that multiply and sum
+
+    @cute.jit
+    def _score(self, storage, q_layout, k_layout, lengths, out, work, consumer, thread):
+        sequence, tile, left = work
+        lane = thread % WARP
+        own = thread // WARP * 16 + lane // 4  # this thread's first key in a stage
+        stage, phase = consumer, Int32(0)
+        slot, q_phase = Int32(0), Int32(0)
+        skipped = consumer  # stages of others before this one's next
+        tiled_mma = self._mma()
+        part = tiled_mma.get_slice(0)
+        s_q = storage.tile_q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
+        b = tiled_mma.make_fragment_B(part.partition_B(s_q))
+        if cutlass.const_expr(self.fp8):
+            s_k = storage.tile_k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
+            a = tiled_mma.make_fragment_A(part.partition_A(s_k))
+        else:
+            a = cute.make_rmem_tensor(tiled_mma.partition_shape_A((KEYS, self.d)), BFloat16)
+        shape = tiled_mma.partition_shape_C((KEYS, self.width))
+        products = [cute.make_rmem_tensor(shape, Float32) for _ in range(self.parts)]
+        weight = cute.make_rmem_tensor((self.width // 4,), Float32)
+        while left > 0:
+            last = cutlass.min(self._tiles(lengths, sequence, out.shape[2]), tile + left)
+            if last > tile:
+                cute.arch.mbarrier_wait(storage.q_full.data_ptr() + slot, q_phase)
+                if cutlass.const_expr(self.passes == 1):
+                    self._weights(storage, weight, slot, lane)
+                ends = [self._end(lengths, sequence, query, out.shape[2]) for query in self._mine(lane)]
+                for at in cutlass.range(tile + skipped, last, self.consumers):
+                    cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, phase)
+                    key = at * KEYS + own
+                    self._stage(storage, a, b, products, weight, out, ends, sequence, key, own, stage, slot, lane)
+                    stage += self.consumers
+                    if stage >= self.stages:
+                        stage -= self.stages
+                        phase = phase ^ 1
+                cute.arch.sync_warp()
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(storage.q_empty.data_ptr() + slot)
+                slot += 1
+                if slot == self.tiles_q:
+                    slot = Int32(0)
+                    q_phase = q_phase ^ 1
+                skipped -= (last - tile) % self.consumers
+                if skipped < 0:
+                    skipped += self.consumers
+            left -= last - tile
+            sequence += 1
+            tile = Int32(0)
+
+    def _stage(self, storage, a, b, products, weight, out, ends, sequence, key, own, stage, slot, lane):
+        """64 keys, from the moment they have arrived."""
+        rows = [stage * KEYS + own + 8 * i for i in range(2)]
+        scales = [ptx.load_shared(storage.scales.data_ptr() + row, 1)[0] for row in rows]
+        found = ptx.load_shared(storage.found.data_ptr() + stage, 1)[0]
+        words = None
+        if not self.fp8:
+            per = self.d // 32
+            words = [
+                ptx.load_shared(storage.tile_k.data_ptr() + (row * self.row + lane % 4 * (4 * per)), per)
+                for row in rows
+            ]
+            self._release(storage, stage)
+        later = lane & 1
+        page = (own + 8 * later) // self.page if self.pages > 1 else 0
+        here = (found >> Uint32(page)) & Uint32(1) if self.pages > 1 else found
+        scale = ptx.real(ptx.select(later == 1, scales[1], scales[0])) if self.fp8 else None
+        count = len(ends) // self.passes
+        for turn in range(self.passes):
+            if self.fp8:
+                self._multiply(a, b, products, stage, slot * self.passes + turn)
+                if turn == self.passes - 1:
+                    self._release(storage, stage)
+            else:
+                self._expand_and_multiply(a, b, products[0], words, scales, slot * self.passes + turn, lane, turn == 0)
+            if self.passes > 1:
+                self._weights(storage, weight, slot * self.passes + turn, lane)
+            sums = self._sums(products, weight, lane)
+            for i in range(count):
+                at = turn * count + i
+                self._put(out, sequence, self._mine(lane)[at], key + 8 * later, sums[i], scale, here, ends[at], lane)
+
+    def _release(self, storage, stage) -> None:
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(storage.empty.data_ptr() + stage)
+
+    def _weights(self, storage, weight, place, lane) -> None:
+        """Of this thread's columns."""
+        for i in range(self.width // 8):
+            at = storage.weights.data_ptr() + (place * self.width + i * 8 + lane % 4 * 2)
+            for j, word in enumerate(ptx.load_shared(at, 2)):
+                weight[2 * i + j] = ptx.real(word)
+
+    def _multiply(self, a, b, products, stage, place) -> None:
+        """FP8, ``TOGETHER`` dims to each of the products."""
+        tiled_mma = self._mma()
+        warpgroup.fence()
+        steps = self.d // 32 // self.parts
+        for i, product in enumerate(products):
+            for step in range(steps):
+                tiled_mma.set(warpgroup.Field.ACCUMULATE, step > 0)
+                at = i * steps + step
+                cute.gemm(tiled_mma, product, a[(None, None, at, stage)], b[(None, None, at, place)], product)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+
+    def _expand_and_multiply(self, a, b, product, words, scales, place, lane, first: bool) -> None:
+        """A word of either row gives two steps of 16 dims; it is expanded while those before are multiplied."""
+        tiled_mma = self._mma()
+        pairs = cute.recast_tensor(a, Uint32)
+        per = len(words[0])
+        block = lane % 4 * per // 4
+        factors = [powers(scale, block) for scale in scales]
+        most = [exponent(scale, block) for scale in scales]
+        large = cute.arch.vote_any_sync((most[0] > Uint32(LARGEST)) | (most[1] > Uint32(LARGEST)))
+        for word in range(per):
+            if first:
+                for row in range(2):
+                    for j, pair in enumerate(spread(words[row][word])):
+                        pairs[word * 8 + j * 2 + row] = ptx.pair_mul(pair, factors[row][0])
+                self._enlarge(pairs, word, factors[0][1], factors[1][1], large)
+            warpgroup.fence()
+            for step in range(2):
+                tiled_mma.set(warpgroup.Field.ACCUMULATE, word + step > 0)
+                at = word * 2 + step
+                right = b[(None, None, at % (self.line // 16), place * self.lines + at // (self.line // 16))]
+                cute.gemm(tiled_mma, product, a[(None, None, at)], right, product)
+            warpgroup.commit_group()
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def _enlarge(self, pairs, word: cutlass.Constexpr, first, second, large):
+        """The rest of the factors of both rows, where a scale of the warp's is larger than most are."""
+        if large:
+            for i in cutlass.range_constexpr(4):
+                pairs[word * 8 + i * 2] = ptx.pair_mul(pairs[word * 8 + i * 2], first)
+                pairs[word * 8 + i * 2 + 1] = ptx.pair_mul(pairs[word * 8 + i * 2 + 1], second)
+
+    def _sums(self, products, weight, lane):
+        """Over heads: of this thread's columns first, then of the four threads that share two keys.
+
+        In the end threads with an even number have the first key, and those whose number has bit 1 set the second half
+        of the queries, if there is one.
+        """
+        per = self.heads // 4  # of a query's columns, in a thread
+        sums = [Float32(0.0)] * (2 * self.share)
+        for i in range(per):
+            for which in range(len(sums)):
+                row, at = which // self.share, which % self.share * per + i
+                found = [product[at // 2 * 4 + row * 2 + at % 2] for product in products]
+                value = ptx.maximum_nan(functools.reduce(ptx.add, found), Float32(0.0))
+                sums[which] = ptx.fma(value, weight[at], sums[which])
+        for bit in range(2):
+            if len(sums) % 2:
+                sums = [ptx.add(each, cute.arch.shuffle_sync_bfly(each, offset=1 << bit)) for each in sums]
+                continue
+            odd, half = (lane >> bit & 1) == 1, len(sums) // 2
+            kept = []
+            for one, other in zip(sums[:half], sums[half:], strict=True):
+                keep, give = _choose(odd, other, one), _choose(odd, one, other)
+                kept.append(ptx.add(keep, cute.arch.shuffle_sync_bfly(give, offset=1 << bit)))
+            sums = kept
+        return sums
+
+    def _mine(self, lane) -> list:
+        """The queries whose sums a thread has in the end, for all products."""
+        count = self.share if self.share % 2 else self.share // 2
+        second = 0 if self.share % 2 else (lane >> 1 & 1) * count
+        return [Int32(turn * self.share + second + i) for turn in range(self.passes) for i in range(count)]
+
+    @cute.jit
+    def _put(self, out, b, query, key, value, scale, found, end, lane):
+        if cutlass.const_expr(scale is not None):
+            value = ptx.mul(value, scale)
+        value = _choose((found != 0) & (key < end), value, ptx.real(Uint32(MINUS_INFINITY)))
+        mine = key < out.shape[2]
+        if cutlass.const_expr(self.share % 2 == 1):
+            mine = mine & (lane >> 1 & 1 == 0)
+        if mine:
+            out[b, query, key] = value.to(self.result)
+
+
+def _select(condition, yes: Int32, no: Int32) -> Int32:
+    return Int32(cutlass.select_(condition, yes, no))
+
+
+def build(
+    heads: int,
+    d: int,
+    dtype: torch.dtype,
+    queries: int,
+    page_size: int,
+    indices: tuple[torch.dtype, torch.dtype],
+    each: bool,
+    result: torch.dtype,
+    arch: str = "",
+    options: str = "",
+):
+    """A compiled :class:`PagedScores`, called with its tensors and the number of processors.
+
+    Args:
+        heads, d, queries, page_size, each: as there.
+        dtype: of queries, e4m3fn, or uint8 for MXFP4.
+        indices: dtypes of the block table and of the lengths.
+        result: of the scores.
+        arch, options: for the compiler.
+    """
+    rows, pages, batch, width = launch.symbol(), launch.symbol(), launch.symbol(), launch.symbol()
+    fp8 = dtype == torch.float8_e4m3fn
+    size = batch, *([queries] if each else [])
+    return launch.compiled(
+        PagedScores(heads, d, fp8, queries, page_size, each),
+        launch.tensor(dtype, rows, d if fp8 else d // 2, row=16, align=16),
+        None if fp8 else launch.strided(torch.int32, rows),
+        launch.tensor(torch.uint8, pages, launch.symbol(), row=16, align=16),
+        launch.strided(torch.float32, launch.symbol()),
+        launch.strided(indices[0], batch, width),
+        launch.strided(indices[1], *size),
+        launch.tensor(result, batch, queries, launch.symbol()),
+        Int32(0),
+        arch=arch,
+        options=options,
+    )
