@@ -48,7 +48,7 @@ def one_run() -> Iterator[None]:
         yield
         return
 
-    class Outputs(usual):  # type: ignore[misc, valid-type]
+    class Outputs(usual):  # type: ignore[misc, valid-type]  # a class that is looked up at run time
         def run(self, *args: Any, **keywords: Any) -> Any:
             graph = self.module.graph
             if get_proxy_mode() is None and not torch.is_grad_enabled() and not keywords and pure(graph):

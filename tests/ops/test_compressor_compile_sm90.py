@@ -148,7 +148,7 @@ CUTE = [
 
 @pytest.mark.parametrize("key", CUTE, ids=lambda key: f"{key[0]}x{key[1]}-{key[10]}-{key[5]}")
 def test_cute_dsl_compiles_for_sm90(key, tmp_path):
-    pytest.importorskip("cutlass")
+    pytest.importorskip("cutlass")  # one compiler of several may be missing
     pytest.importorskip("tvm_ffi")
     from dsv4_fusion.ops.cutedsl import compressor_cache
     from tests.ops.test_indexer_cutedsl import _compile

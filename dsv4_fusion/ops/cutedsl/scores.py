@@ -203,7 +203,7 @@ class Scores:
                         k_state.advance()
                 q_stages.producer_tail(q_state)
                 k_stages.producer_tail(k_state)
-            elif cutlass.const_expr(self.packed):  # noqa: SIM102
+            elif cutlass.const_expr(self.packed):  # noqa: SIM102 (known when compiling, the next one when running)
                 if warp_index <= LAYING // 32:
                     q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                     for turn in cutlass.range(0, rounds):
@@ -230,7 +230,7 @@ class Scores:
             k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
             ahead = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
 
-            if cutlass.const_expr(self.parts == 1):  # noqa: SIM102 (one is known when compiling)
+            if cutlass.const_expr(self.parts == 1):  # noqa: SIM102 (as above)
                 if consumer == 1:
                     self._hand_over(consumer)
             for turn in cutlass.range(0, rounds):
@@ -307,7 +307,7 @@ class Scores:
                 for tile in cutlass.range(last, highest):
                     for part in cutlass.range_constexpr(self.parts):
                         self._store(where, None, None, part, tile * KEYS + mine)
-            if cutlass.const_expr(self.parts == 1):  # noqa: SIM102
+            if cutlass.const_expr(self.parts == 1):  # noqa: SIM102 (as above)
                 if consumer == 0:  # the other's last
                     cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=CONSUMERS * GROUP)
 
