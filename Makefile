@@ -51,7 +51,7 @@ bench: $(VENV)/.ready
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none"; exit 1; }
 	@for each in hyper_connection indexer indexer_scores compressor fp8_linear; do echo "==> benchmarks/$$each.py"; \
 	$(RUN) benchmarks/$$each.py $(ARGS) || exit; done
-	@echo "==> the tables of README.md"
+	@echo "==> the tables of README.md and docs/measurements.md"
 	@$(RUN) benchmarks/render.py
 
 lint: $(VENV)/.ready

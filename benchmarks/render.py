@@ -1,11 +1,11 @@
-"""Writes the tables of README.md from the measurements under benchmarks/results/<gpu>/*.json.
+"""Writes the tables of README.md and docs/measurements.md from the measurements in benchmarks/results/<gpu>/*.json.
 
     python benchmarks/render.py            write them
     python benchmarks/render.py --check    exit 1 if they are out of date
     python benchmarks/render.py --plot     draw benchmarks/results/<gpu>/<work>.png, time over tokens (needs matplotlib)
 
 A table stands between ``<!-- table: WORK KEY=VALUE … -->`` and ``<!-- end -->``. A key is a parameter of the rows
-(``D=4096``, ``timer=graph``; ``gpu`` is the folder's name), or one of
+(``D=4096``, ``timer=graph,flush`` for either; ``gpu`` is the folder's name), or one of
 
     rows=impl      the parameter down the side
     columns=T      the parameter across the top
@@ -30,15 +30,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md")
 
 TABLE = re.compile(r"(<!-- table: (?P<spec>[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 RATIO = re.compile(r"(<!-- ratio: (?P<spec>[^\n]*?) -->)[^\n]*?(<!-- end -->)")
-MEASURED = {"us", "kernels", "peak_gib", "compile_s"}  # every other key of a row says what was measured
+MEASURED = {"us", "kernels", "peak_gib", "compile_s", "recall"}  # every other key of a row says what was measured
 TOKENS = ("T", "M")  # what counts them
 FILE_KEYS = {"gpu", "date", "commit", "versions", "rows"}
 FIRST, LAST = ["eager", "inductor"], ["ours", "floor"]  # the order of impl; the peers come between, by name
-TITLES = {"us": "{unit}", "peak_gib": "peak GiB", "compile_s": "compile s"}
+TITLES = {"us": "{unit}", "peak_gib": "peak GiB", "compile_s": "compile s", "recall": "recall in %"}
 UNITS = {"us": ("µs", 1.0), "ms": ("ms", 1e-3), "s": ("s", 1e-6)}
 
 Row = dict[str, Any]
@@ -86,11 +86,12 @@ def table(spec: str, rows: list[Row]) -> str:
     side, top = wanted.pop("rows", "impl"), wanted.pop("columns", "T")
     values = wanted.pop("values", "us").split(",")
     unit, factor = UNITS[wanted.pop("unit", "us")]
+    factors = {"us": factor, "recall": 100.0}
 
     rows = [
         row
         for row in rows
-        if row["work"] == work and side in row and all(str(row.get(k)) == v for k, v in wanted.items())
+        if row["work"] == work and side in row and all(str(row.get(k)) in v.split(",") for k, v in wanted.items())
     ]
     if len(values) == 1:
         rows = [row for row in rows if top in row and values[0] in row]
@@ -107,13 +108,13 @@ def table(spec: str, rows: list[Row]) -> str:
                 other = cells[place][0]
                 keys = {k for k in row.keys() | other.keys() if row.get(k) != other.get(k)} - MEASURED - {"file"}
                 raise ValueError(f"table: {spec}: two measurements for {place}; fix {' or '.join(sorted(keys))}")
-            cells[place] = row, row[value] * factor if value == "us" else row[value]
+            cells[place] = row, row[value] * factors.get(value, 1)
 
     def title(value: Any) -> str:
         return TITLES.get(value, str(value)).format(unit=unit) if len(values) > 1 else str(value)
 
     columns = values if len(values) > 1 else order({place[1] for place in cells})
-    corner = side if len(values) > 1 else f"{unit} at {top} =" if values == ["us"] else f"{values[0]} at {top} ="
+    corner = side if len(values) > 1 else f"{TITLES.get(values[0], values[0]).format(unit=unit)} at {top} ="
     lines = [
         " | ".join(["", corner, *map(title, columns), ""]).strip(),
         "|".join(["", "---", *["---:"] * len(columns), ""]),
@@ -209,18 +210,22 @@ def _tokens(row: Row) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Writes the tables of README.md from benchmarks/results.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README.md is out of date")
+    parser = argparse.ArgumentParser(description="Writes the tables of README.md and docs/measurements.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
     parser.add_argument("--plot", action="store_true", help="draw one picture per work as well")
     options = parser.parse_args(arguments)
     rows = load(RESULTS)
-    before = README.read_text()
-    after = render(before, rows)
+    stale = 0
+    for page in PAGES:
+        before = page.read_text()
+        after = render(before, rows)
+        if options.check and after != before:
+            print(f"{page.relative_to(ROOT)} is out of date: run python benchmarks/render.py")
+            stale = 1
+        elif after != before:
+            page.write_text(after)
     if options.check:
-        if after != before:
-            print("README.md is out of date: run python benchmarks/render.py")
-        return int(after != before)
-    README.write_text(after)
+        return stale
     if options.plot:
         print(*plot(rows, RESULTS), sep="\n")
     return 0

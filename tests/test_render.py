@@ -1,4 +1,4 @@
-"""The tables of the README: the newest measurement in each cell, and nothing that was not measured."""
+"""Tables of the README and docs/measurements.md: the newest measurement in each cell, and only what was measured."""
 
 import json
 
@@ -54,6 +54,24 @@ def test_columns_rows_and_gaps(results):
     assert "| 1.23 |" in render.table("hc_pre impl=ours unit=ms", render.load(folder))
 
 
+def test_either_of_two_values(results):
+    folder, write = results
+    timers = ("graph", "flush", "wall")
+    write("2026-11-01", [row("ours", 1.0 + n, timer=timer, T=n) for n, timer in enumerate(timers)])
+    assert render.table("hc_pre timer=graph,flush", render.load(folder)).splitlines()[:3] == [
+        "| µs at T = | 0 | 1 |",
+        "|---|---:|---:|",
+        "| ours | 1.00 | 2.00 |",
+    ]
+
+
+def test_recall_in_percent(results):
+    folder, write = results
+    write("2026-11-01", [{"work": "recall", "impl": "fp8", "data": "gaussian", "recall": 0.964}])
+    text = render.table("recall columns=data values=recall", render.load(folder))
+    assert text.splitlines()[:3] == ["| recall in % at data = | gaussian |", "|---|---:|", "| fp8 | 96.4 |"]
+
+
 def test_several_values(results):
     folder, write = results
     rows = [{"work": "prefill", "impl": impl, "us": 2000.0, "kernels": 50, "S": 4096} for impl in ("eager", "ours")]
@@ -89,7 +107,7 @@ def test_text_outside_the_tables_is_kept():
         render.render("<!-- table: hc_pre -->\nold\n", [])
 
 
-def test_readme_is_up_to_date(capsys):
+def test_pages_are_up_to_date(capsys):
     assert render.main(["--check"]) == 0, capsys.readouterr().out
 
 
