@@ -102,11 +102,6 @@ def measure(arguments: argparse.Namespace, rows: list[dict]) -> None:
                 add("indexer_scores", "ours", _harness.flush(lambda g=given: ops.indexer_scores(**g)), **sizes)
                 chosen = _harness.flush(lambda g=given: ops.indexer_topk(**g, top_k=TOP_K))
                 add("indexer_topk", "ours", chosen, top_k=TOP_K, **sizes)
-                if format == "bf16" and not arguments.no_inductor and queries * length * HEADS * 4 <= INDUCTOR_BYTES:
-                    inputs = given["q"], given["k"], given["weights"], given.get("positions")
-                    scores, best = inductor(eager), inductor(lambda *x: eager(*x).topk(TOP_K, -1).indices)
-                    add("indexer_scores", "inductor", _harness.flush(lambda: scores(*inputs)), **sizes)
-                    add("indexer_topk", "inductor", _harness.flush(lambda: best(*inputs)), top_k=TOP_K, **sizes)
     for batch, length, queries in PAGED[:count]:
         for format in arguments.formats:
             if format == "bf16":
@@ -116,6 +111,19 @@ def measure(arguments: argparse.Namespace, rows: list[dict]) -> None:
             written = batch * queries * length * 4
             add("indexer_scores_paged", "floor", (given["cache"].nbytes + written) / copy * 1e-6, **sizes)
             add("indexer_scores_paged", "ours", _harness.flush(lambda g=given: ops.indexer_scores_paged(**g)), **sizes)
+            del given
+    if arguments.no_inductor or "bf16" not in arguments.formats:
+        return
+    for queries, length in SIZES[:count]:  # last: its workers keep the CPU busy for a while
+        if queries * length * HEADS * 4 > INDUCTOR_BYTES:
+            continue
+        for causal in (False, True):
+            given = ragged("bf16", queries, length, causal)
+            inputs = given["q"], given["k"], given["weights"], given.get("positions")
+            sizes = {"T": queries, "Tk": length, "format": "bf16", "causal": causal}
+            scores, best = inductor(eager), inductor(lambda *x: eager(*x).topk(TOP_K, -1).indices)
+            add("indexer_scores", "inductor", _harness.flush(lambda f=scores, x=inputs: f(*x)), **sizes)
+            add("indexer_topk", "inductor", _harness.flush(lambda f=best, x=inputs: f(*x)), top_k=TOP_K, **sizes)
 
 
 def main() -> None:

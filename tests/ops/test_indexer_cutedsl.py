@@ -108,6 +108,7 @@ def on_numpy(monkeypatch):
         pack_e4m3=_e4m3,
         both=lambda half: half << 16 | half,
         pair_max=_pairwise(np.maximum),
+        pair_min=_pairwise(np.minimum),
         pair_max_abs=_pairwise(lambda a, b: np.maximum(abs(a), abs(b)) * np.sign(a) * np.sign(b)),
         merge=lambda mask, ones, zeros: ones & np.uint32(mask) | zeros & ~np.uint32(mask),
         multiply_add=lambda a, b, c: _words(np.asarray(a).astype(np.int64) * b + c),

@@ -98,37 +98,36 @@ class MXFP4Rows(Rows):
                 scaled = [x for word in words for x in ptx.unpack(ptx.pair_mul(word, inverse))]
                 codes = ptx.pack_e2m1(scaled)
             else:
-                codes = self._round([ptx.pair_mul(word, inverse) for word in magnitudes[chunk]], words)
+                codes = self._round(magnitudes[chunk], inverse, words)
             packed.append([ptx.select(finite, codes, Uint32(0))])
             scales = scales | (ptx.select(finite, exponent, Uint32(255)) << Uint32(16 * chunk))
         shift = Uint32(lane * 2) & Uint32(8)
         return packed, (scales << shift) | (across(scales, 4) << (Uint32(8) - shift))
 
-    def _round(self, magnitudes: list[Uint32], signs: list[Uint32]) -> Uint32:
-        """Eight nibbles of scaled magnitudes (at most 6) and the signs of the values they come from.
+    def _round(self, magnitudes: list[Uint32], inverse: Uint32, signs: list[Uint32]) -> Uint32:
+        """Eight nibbles: magnitudes times ``inverse`` (at most 6) in E2M1, and the signs of the values they come from.
 
-        The step of E2M1 is half the power of two below a magnitude, or 1/2 below 1. Adding 64 times that power to the
-        magnitude in bf16, which keeps 7 bits after the first, rounds to that step, ties to even: the sum's last bits
-        count the steps c, and its exponent is 6 more than the magnitude's, k. The code is c + 2 k.
+        For a scaled magnitude x, E2M1's code is min(2 x, x + 2, x / 2 + 4) rounded to an integer. In bf16, 252 + 2 x
+        has steps of 1 below 256, where x is 2, and of 2 from there on, as 256 + x has: the two fused sums round as the
+        first two and as the third, ties to even, and the last bits of the smaller one count the codes from 252.
         """
-        codes = []
-        for x in magnitudes:
-            power = ptx.pair_max(x, 0x3F80) & Uint32(ptx.both(0x7F80))
-            if self.ties_to_even:
-                total = ptx.pair_fma(power, 0x4280, x)
-            else:
-                # Times 1 - 2^-8, inside the one rounding, a tie is below the tie, and nothing else crosses one
-                total = ptx.pair_fma(x, 0x3F7F, power + Uint32(ptx.both(6 << 7)))
-            # total - (133 << 7) is k << 7 | c in each half; times 4 + 256, bits 8 to 10 of each half are c + 2 k
-            codes.append(ptx.multiply_add(total, 260, -0x42804280 * 260))
+        factor = inverse
+        if not self.ties_to_even:
+            # Times 1 - 2^-8, inside the one rounding, a tie is below the tie, and nothing else crosses one
+            factor = inverse - Uint32(ptx.both(1))
+        double = factor + Uint32(ptx.both(1 << 7))
+        codes = [
+            ptx.pair_min(ptx.pair_fma(x, double, 0x437C), ptx.pair_fma(x, factor, 0x4380))  # 252 and 256
+            for x in magnitudes
+        ]
         words = []
         for i in (0, 2):
             # bytes: values 0, 2, 1, 3 of four
-            code = ptx.permute(codes[i], codes[i + 1], 0x7351)
+            code = ptx.permute(codes[i], codes[i + 1], 0x6240)
             sign = ptx.permute(signs[i], signs[i + 1], 0xFBD9)
-            nibbles = ptx.merge(0x07070707, code, sign)
-            words.append(ptx.merge(0x0F0F0F0F, nibbles, nibbles >> Uint32(12)))
-        return ptx.permute(words[0], words[1], 0x5410)
+            words.append(ptx.merge(0x07070707, code, sign))
+        low, high = ptx.permute(*words, 0x5410), ptx.permute(*words, 0x7632)
+        return ptx.merge(0x0F0F0F0F, low, high << Uint32(4)) ^ Uint32(0x44444444)  # 252 ends in the bits 100
 
 
 def rows_of(options: tuple, d: int, rope: int, capability: tuple[int, int]) -> FP8Rows | MXFP4Rows:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._library import compiling, layout, new, number
-from . import scores
+from . import scores, scores_mxfp4
 
 
 @functools.cache
@@ -24,6 +24,19 @@ def _key(q, q_scale, start, end, positions, result: torch.dtype | None) -> tuple
     limits = "causal" if positions is not None else "all" if start is None and end is None else "range"
     indices = tuple(None if limit is None else limit.dtype for limit in (start, ends))
     return q.shape[-2], d, q.dtype, limits, indices, result or torch.float32
+
+
+@functools.cache
+def _begin_expansion(d: int):
+    return compiling().submit(scores_mxfp4.build, d)
+
+
+def _expanded(k: Tensor, k_scale: Tensor) -> Tensor:
+    """MXFP4 keys as bf16, once, where blocks would do it for every few queries; dims are in the queries' order."""
+    d = 2 * k.shape[-1]
+    out = k.new_empty([*k.shape[:-1], d], dtype=torch.bfloat16)
+    _begin_expansion(d).result()(_rows(k)(k), k_scale.reshape(-1), out.view(-1, d))
+    return out
 
 
 @functools.cache
@@ -56,9 +69,7 @@ def scores_into(out, q, k, weights, q_scale, k_scale, start, end, causal, ratio)
     limits = (start, None, end) if causal else (start, end, None)
     kernel, processors = _begin(*_key(q, q_scale, *limits, out.dtype)).result(), _processors(q.device)
     if q_scale is not None:
-        from ..triton.indexer_scores import expanded
-
-        k, k_scale = expanded(k, k_scale), None  # once, where blocks would do it for every few queries
+        k, k_scale = _expanded(k, k_scale), None
     for b in range(q.shape[0]):
         own = [None if limit is None else limit[b if limit.shape[0] == q.shape[0] else 0] for limit in (start, end)]
         tensors = [make(tensor[b])(tensor[b]) for make, tensor in ((_rows, q), (_rows, k), (_column, weights))]
@@ -76,6 +87,8 @@ class Ragged:
                 *, dtype=None, **_) -> None:  # fmt: skip
         """Begin to compile what any number of tokens will need; the tensors may be fake."""
         _begin(*_key(q, q_scale, start, end, positions, dtype))
+        if q_scale is not None:
+            _begin_expansion(2 * q.shape[-1])
 
     def bind(
         self, q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None,

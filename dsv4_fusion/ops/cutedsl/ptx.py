@@ -193,11 +193,16 @@ def pair_max_abs(a: Uint32, b: Uint32) -> Uint32:
     return _pair("max.NaN.xorsign.abs.bf16x2", a, b)
 
 
+def pair_min(a: Uint32, b: Uint32) -> Uint32:
+    """Elementwise min."""
+    return _pair("min.bf16x2", a, b)
+
+
 def pair_mul(a: Uint32, b: Uint32 | int) -> Uint32:
     return _pair("mul.rn.bf16x2", a, b)
 
 
-def pair_fma(a: Uint32, b: Uint32 | int, c: Uint32) -> Uint32:
+def pair_fma(a: Uint32, b: Uint32 | int, c: Uint32 | int) -> Uint32:
     return _pair("fma.rn.bf16x2", a, b, c)
 
 

@@ -19,7 +19,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from . import launch, ptx
-from .scores_mxfp4 import expand, in_order, powers
+from .scores_mxfp4 import LARGEST, exponent, powers, spread
 
 COLUMNS = 256  # heads of a block's queries, all together
 KEYS = 128  # of a stage, 64 for each of two warpgroups
@@ -27,8 +27,8 @@ CHUNK = 2048  # keys of a piece of work
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
 TURNS = 1  # the first of two named barriers
-LAYING = 64  # threads that lay out MXFP4 queries
-AT_ONCE = 8  # blocks of these that a thread loads together
+LAYING = 96  # threads that lay out MXFP4 queries
+AT_ONCE = 6  # blocks of these that a thread loads together
 SLOTS = 4  # of limits: two stages of queries, one that is being written, and one to spare
 LINE = 128  # bytes of a row that lie together in shared memory
 SHARED = 227 * 1024
@@ -43,7 +43,8 @@ class Scores:
         d: 64 or 128.
         fp8: e4m3 queries and keys, the latter with a scale; bf16 otherwise.
         limits: "all", "range" (starts and ends) or "causal" (positions).
-        packed: MXFP4 queries, which warps expand to bf16 on their way; keys are bf16 then, expanded before.
+        packed: MXFP4 queries, which warps expand to bf16 on their way; keys are bf16 then, expanded before, with dims
+            in the order in which these are.
     """
 
     def __init__(self, heads: int, d: int, fp8: bool, limits: str, packed: bool = False) -> None:
@@ -110,6 +111,7 @@ class Scores:
             grid=[cutlass.min(groups * chunks, processors), 1, 1],
             block=[(1 + CONSUMERS) * GROUP, 1, 1],
             min_blocks_per_mp=1,
+            use_pdl=self.packed,
             stream=stream,
         )  # fmt: skip
 
@@ -174,6 +176,8 @@ class Scores:
         if group == 0:
             cute.arch.setmaxregister_decrease(72 if self.packed else 40)
             if warp_index == 0:
+                if cutlass.const_expr(self.packed):
+                    cute.arch.griddepcontrol_wait()  # for the kernel that expands the keys
                 q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                 k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
                 for turn in cutlass.range(0, rounds):
@@ -207,9 +211,12 @@ class Scores:
                 if warp_index <= LAYING // 32:
                     q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                     for turn in cutlass.range(0, rounds):
-                        few = _piece(turn, pieces, block, blocks) // chunks
+                        piece = _piece(turn, pieces, block, blocks)
+                        few, chunk = piece // chunks, piece % chunks
+                        first, last, _, _ = self._visible(start, end, out.shape[0], length, few, chunk, ratio)
                         q_stages.producer_acquire(q_state)
-                        self._lay_out(storage, q, q_scale, weights, s_w, few, q_state.index, thread - 32)
+                        if first < last:  # the causal rule leaves many pieces with nothing to multiply
+                            self._lay_out(storage, q, q_scale, weights, s_w, few, q_state.index, thread - 32)
                         cute.arch.fence_view_async_shared()
                         q_stages.producer_commit(q_state)
                         q_state.advance()
@@ -337,17 +344,18 @@ class Scores:
         """MXFP4 queries as bf16, where the product expects them, and their weights; a thread has blocks of 32 dims."""
         blocks, last = self.d // 32, q.shape[0] - 1  # what is behind it is of no query
         shared = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
-        for i in cutlass.range_constexpr(COLUMNS // LAYING):
-            column = i * LAYING + thread
+        for i in cutlass.range_constexpr((COLUMNS + LAYING - 1) // LAYING):
+            column = cutlass.min(i * LAYING + thread, COLUMNS - 1)
             s_w[column, 0, tile] = weights[cutlass.min(few * COLUMNS + column, last), 0]
-        rows = LAYING // blocks  # that all threads have together
+        rows = LAYING // blocks  # that all threads have together, a multiple of 8
         column, block = thread // blocks, thread % blocks
         to = []  # where the four pieces of 16 bytes go, of the first row
         for word in cutlass.range_constexpr(4):
             piece = block * 4 + word
             line = (tile * self.lines + piece // 8) * COLUMNS + column
             to.append(shared + (line * LINE + (piece % 8 ^ column % 8) * 16))
-        for i in cutlass.range(0, COLUMNS // (rows * AT_ONCE), unroll=1):
+        together = rows * AT_ONCE
+        for i in cutlass.range(0, (COLUMNS + together - 1) // together, unroll=1):
             loaded = []
             for j in cutlass.range_constexpr(AT_ONCE):
                 row = Int64(cutlass.min(few * COLUMNS + (i * AT_ONCE + j) * rows + column, last))
@@ -355,9 +363,21 @@ class Scores:
                 (scales,) = ptx.load(q_scale.iterator + row * q_scale.stride[0], 1, ptx.STREAMED)
                 loaded.append((packed, scales))
             for j, (packed, scales) in enumerate(loaded):
-                factors, behind = powers(scales, block), (i * AT_ONCE + j) * (rows * LINE)
-                for word in cutlass.range_constexpr(4):
-                    ptx.store_shared(to[word] + behind, in_order(expand(packed[word], factors)))
+                behind = (i * AT_ONCE + j) * rows
+                if behind + column < COLUMNS:
+                    self._lay_block(to, behind * LINE, packed, scales, block)
+
+    @cute.jit
+    def _lay_block(self, to, behind, packed, scales, block):
+        pairs = cute.make_rmem_tensor((16,), Uint32)
+        for word in cutlass.range_constexpr(4):
+            for i, pair in enumerate(spread(packed[word])):
+                pairs[word * 4 + i] = ptx.pair_mul(pair, powers(scales, block)[0])
+        if exponent(scales, block) > Uint32(LARGEST):
+            for i in cutlass.range_constexpr(16):
+                pairs[i] = ptx.pair_mul(pairs[i], powers(scales, block)[1])
+        for word in cutlass.range_constexpr(4):
+            ptx.store_shared(to[word] + behind, [pairs[word * 4 + i] for i in range(4)])
 
     def _partition(self, atom, shared, source, layout):
         return cpasync.tma_partition(atom, 0, layout, cute.group_modes(shared, 0, 2), cute.group_modes(source, 0, 2))
@@ -377,15 +397,12 @@ class Scores:
         return chunk * per, cutlass.min((chunk + 1) * per, (length + KEYS - 1) // KEYS)
 
     @cute.jit
-    def _seen(self, start, end, queries, length, few, chunk, ratio, limits, turn):
-        """The stages of a piece of work in which some query sees a key, found by the lanes of the warp that loads.
-
-        Limits are left where the consumers find them, before those wait for the queries.
-        """
+    def _visible(self, start, end, queries, length, few, chunk, ratio):
+        """The stages of a piece of work in which some query sees a key, and the limits of the lane's query."""
         first, last = self._stages(length, chunk)
+        low, high = Int32(0), length
         if cutlass.const_expr(self.limits != "all"):
-            lane = cute.arch.lane_idx()
-            mine = lane % self.queries
+            mine = cute.arch.lane_idx() % self.queries
             low, high = self._ends(start, end, cutlass.min(few * self.queries + mine, queries - 1), length, ratio)
             lowest, highest = low, high
             for bit in cutlass.range_constexpr(self.queries.bit_length() - 1):
@@ -393,9 +410,19 @@ class Scores:
                 highest = cutlass.max(highest, cute.arch.shuffle_sync_bfly(highest, offset=1 << bit))
             first = cutlass.min(cutlass.max(first, lowest // KEYS), last)
             last = cutlass.max(cutlass.min(last, (highest + KEYS - 1) // KEYS), first)
+        return first, last, low, high
+
+    @cute.jit
+    def _seen(self, start, end, queries, length, few, chunk, ratio, limits, turn):
+        """What is visible, found by the lanes of the warp that loads.
+
+        Limits are left where the consumers find them, before those wait for the queries.
+        """
+        first, last, low, high = self._visible(start, end, queries, length, few, chunk, ratio)
+        if cutlass.const_expr(self.limits != "all"):
             slot = turn % SLOTS * self.slot
             found = [cute.arch.shuffle_sync(limit, i) for limit in (low, high) for i in range(self.queries)]
-            if lane == 0:  # the thread whose arrival the consumers wait for
+            if cute.arch.lane_idx() == 0:  # the thread whose arrival the consumers wait for
                 for i in cutlass.range_constexpr(2 * self.queries):
                     limits[slot + i] = found[i]
                 limits[slot + 2 * self.queries] = first

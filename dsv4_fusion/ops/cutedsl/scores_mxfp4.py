@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from cutlass import Uint32
+import cuda.bindings.driver as cuda
+import cutlass.cute as cute
+import torch
+from cutlass import Int32, Int64, Uint32
 
-from . import ptx
+from . import launch, ptx
 
 LARGEST = 128  # byte of a scale up to which the first of two factors is all
+THREADS = 128  # of a block that expands keys, a word each
 
 
 def powers(scales: Uint32, byte) -> tuple[Uint32, Uint32]:
@@ -41,12 +45,44 @@ def expand(codes: Uint32, factors: tuple[Uint32, Uint32]) -> list[Uint32]:
     return [ptx.pair_mul(ptx.pair_mul(pair, factors[0]), factors[1]) for pair in spread(codes)]
 
 
-def in_order(pairs: list[Uint32]) -> list[Uint32]:
-    """The same with neighbours in a pair."""
-    first, second, third, fourth = pairs
-    return [
-        ptx.permute(first, second, 0x5410),
-        ptx.permute(third, fourth, 0x5410),
-        ptx.permute(first, second, 0x7632),
-        ptx.permute(third, fourth, 0x7632),
-    ]
+class Expansion:
+    """The kernel: keys as bf16, eight dims in the order of :func:`spread`.
+
+    The scores that follow begin meanwhile, and wait for it before they read keys.
+    """
+
+    def __init__(self, d: int) -> None:
+        self.words = d // 8  # of a key
+
+    @cute.jit
+    def __call__(self, values: cute.Tensor, scales: cute.Tensor, out: cute.Tensor, stream: cuda.CUstream):
+        words = out.shape[0] * self.words
+        self.kernel(values, scales, out, words).launch(
+            grid=[(words + THREADS - 1) // THREADS, 1, 1], block=[THREADS, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, values: cute.Tensor, scales: cute.Tensor, out: cute.Tensor, words: Int32):
+        cute.arch.griddepcontrol_launch_dependents()
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        at = block * THREADS + thread
+        if at < words:
+            key, word = Int64(at // self.words), at % self.words
+            (codes,) = ptx.load(values.iterator + (key * values.stride[0] + word * 4), 1, ptx.STREAMED)
+            (scale,) = ptx.load(scales.iterator + key * scales.stride[0], 1, ptx.STREAMED)
+            pairs = expand(codes, powers(scale, word // 4))
+            ptx.store(out.iterator + (key * out.stride[0] + word * 8), pairs)
+
+
+def build(d: int, arch: str = "", options: str = ""):
+    """A compiled :class:`Expansion`, called with codes, scales and the result."""
+    keys = launch.symbol()
+    return launch.compiled(
+        Expansion(d),
+        launch.tensor(torch.uint8, keys, d // 2, row=16, align=16),
+        launch.strided(torch.int32, keys),
+        launch.tensor(torch.bfloat16, keys, d, row=8, align=16),
+        arch=arch,
+        options=options,
+    )
