@@ -199,9 +199,11 @@ class Linear:
         from ..triton.fp8_linear import quantise_rows
 
         scaling = scaling or ("block" if is_block(wq, w_scale) else "token")
-        product = self.product if scaling != "tensor" else scaled_mm_fp8  # whose two launches are not waited for
+        # A copy of w is made just ahead of the product, which may then not load it early
+        early = scaling != "tensor" and _matrix(wq) is None
+        product = self.product if early else scaled_mm_fp8
         chosen = tile_of(math.prod(x.shape[:-1]), wq.shape[0], is_block(wq, w_scale), _processors(x.device))
-        quantise = (scaling, scale_rounding, amax_floor, product.dependent, chosen.rows == STAGED)
+        quantise = (scaling, scale_rounding, amax_floor, chosen.rows == STAGED)
         xq, x_scale = quantise_rows(x, *quantise)
         multiply = product.bind(xq, wq, x_scale, w_scale, bias, out_dtype=out_dtype or x.dtype)
 

@@ -35,7 +35,7 @@ class ScaledMM:
 
     Args:
         rows: of x in a tile, 64 for each consumer warpgroup: 64 or 128.
-        columns: of the output in a tile: 16, or a multiple of 32 up to 192.
+        columns: of the output in a tile: a multiple of 16 up to 192.
         cluster: blocks that share loads, along m (they share w) and along n (they share x).
         loaded: rows of x that are loaded, where M has no more; the others of a tile are left as they are in shared
             memory, and what comes of them is not stored.
@@ -43,8 +43,8 @@ class ScaledMM:
         bias: whether there is one.
         staged: block scales of x come with the stages; their rows are then contiguous, columns begin at multiples of 16
             bytes, and they are fp32.
-        dependent: it may begin before the kernel that makes x and x_scale has ended, and waits for that one; w, its
-            scales and the bias have to be there by then.
+        dependent: w may be loaded before the kernel ahead, which makes x and x_scale, has ended. Without it nothing is,
+            but the block is ready by then.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ScaledMM:
         self.overlap = columns <= OVERLAP  # a second accumulator costs few registers, and hides a stage's latency
         self.consumers = rows // 64
         self.threads = (1 + self.consumers) * GROUP
-        self.piece = columns if columns < 32 else 32 if columns % 64 else 64  # columns of one store
+        self.piece = math.gcd(columns, 64)  # columns of one store
         self.pieces = columns // self.piece
         shared = SHARED - BARRIERS - rows * columns * 2
         self.loaded_bytes = (loaded + columns) * STEP + (4 * rows if staged else 0)
@@ -125,7 +125,7 @@ class ScaledMM:
             block=[self.threads, 1, 1],
             cluster=[size, 1, 1],
             min_blocks_per_mp=1,
-            use_pdl=self.dependent,
+            use_pdl=True,
             stream=stream,
         )  # fmt: skip
 
@@ -230,6 +230,7 @@ class ScaledMM:
         first, apart = block // size, blocks // size
 
         pipeline.pipeline_init_wait(cluster_shape_mn=self.cluster)
+        cute.arch.griddepcontrol_launch_dependents()
 
         if group == 0:
             if cutlass.const_expr(self.consumers > 1):
@@ -238,7 +239,9 @@ class ScaledMM:
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
                 m, n = self._place(first, m_tiles, n_tiles, at)
                 begun = Int32(0)
-                if cutlass.const_expr(self.dependent):
+                if cutlass.const_expr(not self.dependent):
+                    cute.arch.griddepcontrol_wait()
+                else:
                     # w is there already: as many stages of it as there are, then what has to be waited for
                     begun = cutlass.min(steps, Int32(self.stages))
                     early = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
@@ -283,8 +286,7 @@ class ScaledMM:
         else:
             if cutlass.const_expr(self.consumers > 1):
                 cute.arch.setmaxregister_increase(232)
-            if cutlass.const_expr(self.dependent):
-                cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_wait()
             consumer = group - 1
             thread = thread % GROUP
             tiled_mma = self._mma()

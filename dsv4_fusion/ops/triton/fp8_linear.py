@@ -81,9 +81,10 @@ def quantise(
     row, group = unit // groups, (unit % groups).to(tl.int32)
     column = group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     here = (unit < units)[:, None] & (column < columns)
-    x = _wide(tl.load(x_ptr + row[:, None] * row_stride + column, mask=here, other=0.0), BF16)
-    if DEPENDENT:
+    if DEPENDENT:  # the next kernel may only begin when all before this one is done: it reads more than this one's
+        gdc_wait()
         gdc_launch_dependents()
+    x = _wide(tl.load(x_ptr + row[:, None] * row_stride + column, mask=here, other=0.0), BF16)
     if PARTIALS > 0:
         bits = tl.max(tl.load(partial_ptr + tl.arange(0, PARTIALS)), 0) + tl.zeros([UNITS], tl.int32)
     else:
@@ -119,8 +120,8 @@ def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
-def quantise_rows(x, scaling, scale_rounding, amax_floor, dependent=False, by_group=False):
-    """Values and scales; ``dependent`` lets the next kernel start early, which then has to wait for this one.
+def quantise_rows(x, scaling, scale_rounding, amax_floor, by_group=False):
+    """Values and scales. It may start before the kernel ahead has ended, and the next one before it has; both wait.
 
     ``by_group`` puts the block scales of a group next to each other, at a multiple of 16 bytes, in a tensor [M, G].
     """
@@ -145,14 +146,17 @@ def quantise_rows(x, scaling, scale_rounding, amax_floor, dependent=False, by_gr
             rows, partial, tokens, size, rows.stride(0), AMAX_BLOCK, bf16, num_warps=8, enable_fp_fusion=False
         )
     if scaling == "block":
-        units, block = 8 if tokens * groups <= 4096 else 32, GROUP
+        units, block, warps = 8 if tokens * groups <= 4096 else 32, GROUP, 4
     else:
-        units, block = 1, triton.next_power_of_2(size)
+        block = triton.next_power_of_2(size)
+        units, warps = 1, max(1, min(16, block // 256))  # 8 values a thread, or few tokens wait for its divisions
+    dependent = _has_dependent_launch(device)
+    options = {"launch_pdl": True} if dependent else {}
     quantise[(triton.cdiv(tokens * groups, units),)](
         rows, partial, values.view(torch.uint8), scale, tokens * groups, groups, size, rows.stride(0), *strides,
         amax_floor,
         units, block, partials, ROUNDINGS[scale_rounding], bf16, has_e4m3(device), dependent,
-        num_warps=max(1, min(16, units * block // 1024)), enable_fp_fusion=False,
+        num_warps=warps, enable_fp_fusion=False, **options,
     )  # fmt: skip
     return values, scale
 
@@ -317,7 +321,7 @@ def fp8_linear(
     if scaling is None:
         scaling = "block" if w_scale.dim() == 2 and w_scale.shape[0] != wq.shape[0] else "token"
     dependent = _has_dependent_launch(x.device) and scaling != "tensor"
-    xq, x_scale = quantise_rows(x, scaling, scale_rounding, amax_floor, dependent)
+    xq, x_scale = quantise_rows(x, scaling, scale_rounding, amax_floor)
     return _multiply(xq, wq, x_scale, w_scale, bias, out_dtype or x.dtype, dependent)
 
 
