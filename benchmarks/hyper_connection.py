@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from dsv4_fusion import ops
 
 HC, ITERS, EPS = 4, 20, 1e-6
 TOKENS = (1, 8, 16, 32, 128, 1024, 4096, 8192, 16384)
-INDUCTOR_TOKENS = (1, 128, 1024, 4096)  # each is a compilation of some seconds
+INDUCTOR_TOKENS = (1, 16, 128, 1024, 4096, 8192)  # each is a compilation of some seconds
+PEER_TOKENS = (1, 1024, 4096)  # and some of the peers compile for each
 IMPLEMENTATIONS = ("triton", "tilelang")
 
 
@@ -136,65 +138,81 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     result.add_argument("--widths", type=int, nargs="+", default=(4096, 7168))
     result.add_argument("--no-inductor", action="store_true")
+    result.add_argument("--seconds", type=float, default=150, help="after that, no other competitor is begun")
     result.add_argument("--out", help="the JSON file to write; default: benchmarks/results/<gpu>/<date>-…")
     return result
 
 
-def measure(arguments: argparse.Namespace, rows: list[dict]) -> None:
+def measure(arguments: argparse.Namespace, rows: list[dict], save: Callable[[], object]) -> None:
+    """Ours, then Inductor, then the peers; ``save`` is called before each that could break the process or the GPU."""
+    begun = time.monotonic()
     copy = _harness.copy_tb_s()
-    print(f"copy {copy:.2f} TB/s\n{'work':20} {'impl':10} {'D':>5} {'T':>6} {'timer':>6} {'us':>9}")
+    print(
+        f"copy {copy:.2f} TB/s\n{'work':20} {'impl':16} {'D':>5} {'T':>6} {'timer':>6} {'us':>9} {'at s':>5}",
+        flush=True,
+    )
 
     def add(name: str, impl: str, timer: str, us: float, hidden: int, tokens: int) -> None:
         rows.append({"work": name, "impl": impl, "timer": timer, "us": round(us, 2), "T": tokens, "D": hidden})
         rows[-1] |= {"hc_mult": HC, "dtype": "bfloat16"}
-        print(f"{name:20} {impl:10} {hidden:5} {tokens:6} {timer:>6} {us:9.2f}", flush=True)
+        at = time.monotonic() - begun
+        print(f"{name:20} {impl:16} {hidden:5} {tokens:6} {timer:>6} {us:9.2f} {at:5.0f}", flush=True)
 
-    for hidden in arguments.widths:
-        for tokens in arguments.tokens:
-            tensors = inputs(tokens, hidden)
-            timer = "graph" if tokens <= 1024 else "flush"
-            timed = getattr(_harness, timer)
-            names = ("hc_post_pre",)
-            if tokens in (1, 128, 4096):
-                names = ("hc_post_pre", "hc_pre", "hc_post", "hc_head", "hc_post_head")
-            for name in names:
-                label = name if name == "hc_post" else f"{name}_norm"
-                call, moved = work(name, tensors, None)
-                add(label, "ours", timer, timed(call), hidden, tokens)
-                add(label, "floor", timer, moved / copy * 1e-6, hidden, tokens)
-                if name == "hc_post_pre" and tokens in (1, 128):
-                    add(label, "ours", "wall", _harness.wall(call), hidden, tokens)
-                if name == "hc_post_pre":
-                    for implementation in IMPLEMENTATIONS:
-                        try:
-                            call, _ = work(name, tensors, implementation)
-                        except ValueError as error:
-                            if tokens == arguments.tokens[0]:
-                                print(f"skipped: {error}")
-                            continue
-                        add(label, f"ours ({implementation})", timer, timed(call), hidden, tokens)
-    for name in PEERS:
-        try:
-            for hidden, tokens in itertools.product(arguments.widths, arguments.tokens):
-                timer = "graph" if tokens <= 1024 else "flush"
-                add(
-                    "hc_post_pre",
-                    name,
-                    timer,
-                    getattr(_harness, timer)(peer(name, inputs(tokens, hidden))),
-                    hidden,
-                    tokens,
-                )
-        except Exception as error:  # a peer that is missing, or cannot do it, is no reason to stop
-            print(f"skipped: {name}: {type(error).__name__}: {error}")
+    def late(what: str) -> bool:
+        if time.monotonic() - begun < arguments.seconds:
+            return False
+        print(f"skipped: {what}: {arguments.seconds:.0f} s are over", flush=True)
+        return True
+
+    for hidden, tokens in itertools.product(arguments.widths, arguments.tokens):
+        tensors = inputs(tokens, hidden)
+        timer = "graph" if tokens <= 1024 else "flush"
+        timed = getattr(_harness, timer)
+        names = ("hc_post_pre",)
+        if tokens in (1, 128, 4096):
+            names = ("hc_post_pre", "hc_pre", "hc_post", "hc_head", "hc_post_head")
+        for name in names:
+            label = name if name == "hc_post" else f"{name}_norm"
+            call, moved = work(name, tensors, None)
+            add(label, "ours", timer, timed(call), hidden, tokens)
+            add(label, "floor", timer, moved / copy * 1e-6, hidden, tokens)
+            if name == "hc_post_pre" and tokens in (1, 128):
+                add(label, "ours", "wall", _harness.wall(call), hidden, tokens)
+            if name == "hc_post_pre":
+                for implementation in IMPLEMENTATIONS:
+                    try:
+                        call, _ = work(name, tensors, implementation)
+                    except ValueError as error:
+                        if tokens == arguments.tokens[0]:
+                            print(f"skipped: {error}")
+                        continue
+                    add(label, f"ours ({implementation})", timer, timed(call), hidden, tokens)
+    save()
     for hidden in arguments.widths if not arguments.no_inductor else ():
         for tokens in (count for count in arguments.tokens if count in INDUCTOR_TOKENS):
-            tensors = inputs(tokens, hidden)
-            timer = "graph" if tokens <= 1024 else "flush"
-            torch._dynamo.reset()
-            compiled = torch.compile(eager, dynamic=False)
-            us = getattr(_harness, timer)(lambda: compiled(**tensors))
-            add("hc_post_pre_norm", "inductor", timer, us, hidden, tokens)
+            if late(f"inductor, D {hidden}, T {tokens}"):
+                break
+            try:
+                tensors = inputs(tokens, hidden)
+                timer = "graph" if tokens <= 1024 else "flush"
+                torch._dynamo.reset()
+                compiled = torch.compile(eager, dynamic=False)
+                us = getattr(_harness, timer)(lambda: compiled(**tensors))
+                add("hc_post_pre_norm", "inductor", timer, us, hidden, tokens)
+            except Exception as error:
+                print(f"skipped: inductor, D {hidden}, T {tokens}: {type(error).__name__}: {error}", flush=True)
+    for name in PEERS:
+        save()
+        try:
+            for hidden, tokens in itertools.product(arguments.widths, arguments.tokens):
+                if tokens in PEER_TOKENS:
+                    if late(f"{name}, D {hidden}, T {tokens}"):
+                        break
+                    timer = "graph" if tokens <= 1024 else "flush"
+                    us = getattr(_harness, timer)(peer(name, inputs(tokens, hidden)))
+                    add("hc_post_pre", name, timer, us, hidden, tokens)
+        except Exception as error:  # a peer that is missing, or cannot do it, is no reason to stop
+            print(f"skipped: {name}: {type(error).__name__}: {error}", flush=True)
 
 
 def main() -> None:
@@ -202,11 +220,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")
     rows: list[dict] = []
+
+    def save() -> None:
+        _harness.write(rows, "hyper_connection", arguments.out)
+
     try:
         with torch.no_grad():
-            measure(arguments, rows)
+            measure(arguments, rows, save)
     finally:  # an interrupted run keeps what it has
-        _harness.write(rows, "hyper_connection", arguments.out)
+        save()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ PROGRAMS = [  # every operator; both variants where the two launches are largest
     (4096, 4, 4, True, "", False, True),
     (4096, 4, 4, True, "head", True, True),
     (4096, 4, 4, False, "head", True, False),
+    (7168, 4, 4, True, "pre", True, False),
     (7168, 4, 4, True, "pre", True, True),
     (192, 8, 8, True, "pre", True, True),
 ]
@@ -123,11 +124,14 @@ def test_every_element_is_written(monkeypatch):
     """Outputs and workspace are poisoned before the launch."""
     made = []
 
-    def poisoned(layout, device):
-        made.append(torch.empty_strided(*layout[:2], dtype=layout[2], device=device).fill_(float("nan")))
-        return made[-1]
+    several = kernels.several
 
-    monkeypatch.setattr(kernels, "new", poisoned)
+    def poisoned(layouts, device):
+        tensors = several(layouts, device)
+        made.extend(tensor.fill_(float("nan")) for tensor in tensors)
+        return tensors
+
+    monkeypatch.setattr(kernels, "several", poisoned)
     for tokens in (1, 33, 700):
         made.clear()
         placing, parameters = make(tokens, 4096)

@@ -2,7 +2,7 @@
 
 import tilelang.language as T
 
-from .hc_project import F32, U32, chunk_slices, high, low, pack, padded
+from .hc_project import F32, L2_HINTS, NARROW, ROWS, U32, chunk_slices, high, low, pack, padded
 
 FINISHING = 3  # finishing blocks on a multiprocessor at a time
 
@@ -148,9 +148,24 @@ def _place(
 
 
 @T.macro
+def _load_streams(streams, x, i, vector, token, held, kept):
+    for stream in T.unroll(held):
+        if kept:
+            T.call_extern(
+                "handle",
+                "dsv4_load_kept",
+                T.address_of(x[i, stream, 0]),
+                T.address_of(streams[token, stream, vector * 4]),
+            )
+        else:
+            for v in T.vectorized(4):
+                x[i, stream, v] = streams[token, stream, vector * 4 + v]
+
+
+@T.macro
 def _collapse(
     streams_, partial, offset, factor, norm_weight, collapsed_, token, tokens, rms_eps, hc_eps, norm_eps,
-    hidden, held, hc, mix, norm, wide,
+    hidden, held, hc, mix, norm, wide, kept,
 ):  # fmt: skip
     vectors, threads, early = finish_shape(held, hidden)
     warps = threads // 32
@@ -172,9 +187,7 @@ def _collapse(
     if early:
         for i in T.unroll(vectors):
             if i * threads + thread < hidden // 8:
-                for stream in T.unroll(held):
-                    for v in T.vectorized(4):
-                        x[i, stream, v] = streams[token, stream, (i * threads + thread) * 4 + v]
+                _load_streams(streams, x, i, i * threads + thread, token, held, kept)
     _add_shares(partial, mixes, token, hidden, held, mix, wide)
     mean = T.shfl_sync(mixes[columns // 32], columns % 32) / T.float32(held * hidden)
     own = mixes[0] * T.rsqrt(mean + rms_eps) * factor[0] + offset[0]
@@ -188,9 +201,7 @@ def _collapse(
     for i in T.unroll(vectors):
         if i * threads + thread < hidden // 8:
             if not early:
-                for stream in T.unroll(held):
-                    for v in T.vectorized(4):
-                        x[i, stream, v] = streams[token, stream, (i * threads + thread) * 4 + v]
+                _load_streams(streams, x, i, i * threads + thread, token, held, kept)
             for v in T.unroll(4):
                 value[0] = pre[0] * low(x[i, 0, v])
                 value[1] = pre[0] * high(x[i, 0, v])
@@ -229,15 +240,21 @@ def _collapse(
 @T.macro
 def finish(
     streams, partial, base, scale, norm_weight, post, comb, collapsed, block, tokens,
-    rms_eps, hc_eps, norm_eps, iterations, hidden, held, hc, mix, norm, wide,
+    rms_eps, hc_eps, norm_eps, iterations, hidden, held, hc, mix, norm, wide, kept,
 ):  # fmt: skip
-    """``held``: streams in memory, ``hc`` or, where all are the same, one.
+    """``held``: streams in memory, ``hc`` or, where all are the same, one; ``kept``: in L2, by the first launch.
 
     The first blocks do post and comb, so that no other waits for Sinkhorn; then the last tokens, still in L2.
     """
     vectors, threads, _ = finish_shape(held, hidden)
     if vectors == 2 and held <= 4 and threads <= 512:  # more than that does not fit into the registers
         T.annotate_min_blocks_per_sm(FINISHING if threads <= 256 else 2)
+    if kept:
+        T.import_source(L2_HINTS)
+    # The next first launch may begin: it waits for the end of this one. Not where both would crowd the chip.
+    if not wide:  # noqa: SIM102 - known when it is compiled, the other is not
+        if tokens <= NARROW * ROWS:
+            T.pdl_trigger()
     offset = T.alloc_local((-(-mix // 32),), F32)
     factor = T.alloc_local((-(-mix // 32),), F32)
     lane = T.get_thread_binding() % 32
@@ -269,10 +286,10 @@ def finish(
         else:
             _collapse(
                 streams, partial, offset, factor, norm_weight, collapsed, tokens - 1 - (block - placing), tokens,
-                rms_eps, hc_eps, norm_eps, hidden, held, hc, mix, norm, wide,
+                rms_eps, hc_eps, norm_eps, hidden, held, hc, mix, norm, wide, kept,
             )  # fmt: skip
     else:
         _collapse(
             streams, partial, offset, factor, norm_weight, collapsed, block, tokens, rms_eps, hc_eps, norm_eps, hidden,
-            held, hc, mix, norm, wide,
+            held, hc, mix, norm, wide, kept,
         )  # fmt: skip

@@ -9,6 +9,25 @@ HIGH = 0xFFFF0000  # the half of a 32-bit word that is a bf16 number, seen as fp
 
 ROWS = 16  # tokens of a tile: the tensor-core instruction's M
 
+# The new streams on their way from the first launch to the second: kept in L2 until then, and given up by that read.
+L2_HINTS = r"""
+#ifndef DSV4_L2_HINTS
+#define DSV4_L2_HINTS
+static __device__ __forceinline__ void dsv4_store_kept(void* at, unsigned x, unsigned y, unsigned z, unsigned w) {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;"
+               :: "l"(at), "r"(x), "r"(y), "r"(z), "r"(w), "l"(policy) : "memory");
+}
+static __device__ __forceinline__ void dsv4_load_kept(unsigned* to, const void* at) {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("ld.global.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(at), "l"(policy) : "memory");
+}
+#endif
+"""
+
 
 def padded(mix: int) -> int:
     return -(-mix // 8) * 8  # the tensor-core instruction's N is 8
@@ -106,7 +125,7 @@ def _load_tile(streams, output, x, y, token, tokens, column, hidden, hc):
 
 
 @T.macro
-def _mix_streams(x, y, a, post, comb, fresh, token, tokens, column, hidden, hc):
+def _mix_streams(x, y, a, post, comb, fresh, token, tokens, column, hidden, hc, kept):
     """New streams of this lane, as the tensor-core operand ``a``, and written."""
     mixing = T.alloc_local((hc + 1, hc), F32)
     wide = T.alloc_local((2,), F32)
@@ -129,8 +148,14 @@ def _mix_streams(x, y, a, post, comb, fresh, token, tokens, column, hidden, hc):
                 a[stream, v // 2, v % 2 * 2 + row] = words[v]
             if token + 8 * row < tokens:
                 at = T.cast(token + 8 * row, I64) * (hc * hidden // 2) + column
-                for v in T.vectorized(4):
-                    fresh[at + (stream * hidden // 2 + v)] = words[v]
+                if kept:
+                    T.call_extern(
+                        "handle", "dsv4_store_kept", T.address_of(fresh[at + stream * hidden // 2]),
+                        words[0], words[1], words[2], words[3],
+                    )  # fmt: skip
+                else:
+                    for v in T.vectorized(4):
+                        fresh[at + (stream * hidden // 2 + v)] = words[v]
 
 
 @T.macro
@@ -183,11 +208,14 @@ def _multiply(a, parts, fine, coarse, block, mix, hc):
 
 
 @T.macro
-def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, hidden, hc, shared, mix, wide):
+def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, hidden, hc, shared, mix, wide, kept):
     """``placing``: (output, post, comb) of the sublayer before, or None; ``fn``: None for new streams alone.
 
-    ``hc``: how many streams are held; ``shared``: how many each of them stands for.
+    ``hc``: how many streams are held; ``shared``: how many each of them stands for; ``kept``: the new streams in L2,
+    for the second launch.
     """
+    if kept:
+        T.import_source(L2_HINTS)
     slices, warps, _ = project_shape(hc, mix, hidden, wide)
     columns = padded(mix)
     early = hc <= 4  # registers for the next loads while this slice is multiplied
@@ -206,6 +234,8 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
     if placing is not None:
         out = T.view(placing[0], (tokens * (hidden // 2),), U32)
         fresh = T.view(new_, (tokens * (hc * hidden // 2),), U32)
+    if fn is not None and not wide:
+        T.pdl_sync()  # this launch begins before its predecessor has ended; many tokens have no use for that
     if early:
         _load_tile(streams, out, x, y, first * ROWS + lane // 4, tokens, column, hidden, hc)
     if fn is not None:
@@ -224,7 +254,7 @@ def project(streams_, placing, fn, new_, partial, chunk, group, groups, tokens, 
         token = (first + i // slices * stride) * ROWS + lane // 4
         slice_ = i % slices
         if placing is not None:
-            _mix_streams(x, y, a, placing[1], placing[2], fresh, token, tokens, column + slice_ * 16, hidden, hc)
+            _mix_streams(x, y, a, placing[1], placing[2], fresh, token, tokens, column + slice_ * 16, hidden, hc, kept)
         else:
             for row in T.unroll(2):
                 for stream in T.unroll(hc):

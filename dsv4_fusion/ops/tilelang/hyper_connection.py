@@ -60,6 +60,7 @@ def _program(hidden: int, held: int, hc: int, placed: bool, mixes: str, norm: bo
     mix = {"pre": (2 + hc) * hc, "head": hc, "": 0}[mixes]
     _, warps, chunks = project_shape(held, mix, hidden, wide)
     _, threads, _ = finish_shape(held, hidden)
+    kept = wide and held <= 4  # more streams have no register left for the policy
     tokens = T.dynamic("tokens")
     finishing = tokens  # blocks of the second launch
     if mixes == "pre":
@@ -95,6 +96,7 @@ def _program(hidden: int, held: int, hc: int, placed: bool, mixes: str, norm: bo
                     1,
                     0,
                     wide,
+                    False,
                 )
 
         return hc_post
@@ -111,12 +113,12 @@ def _program(hidden: int, held: int, hc: int, placed: bool, mixes: str, norm: bo
             with T.Kernel(chunks, groups, threads=32 * warps) as (chunk, group):
                 project(
                     streams, (output, post, comb), fn, new_streams, partial, chunk, group, groups, tokens, hidden,
-                    held, 1, mix, wide,
+                    held, 1, mix, wide, kept,
                 )  # fmt: skip
             with T.Kernel(finishing, threads=threads) as block:
                 finish(
                     new_streams, partial, base, scale, norm_weight, new_post, new_comb, collapsed, block, tokens,
-                    rms_eps, hc_eps, norm_eps, iterations, hidden, held, hc, mix, norm, wide,
+                    rms_eps, hc_eps, norm_eps, iterations, hidden, held, hc, mix, norm, wide, kept,
                 )  # fmt: skip
 
         return hc_post_pre
@@ -131,12 +133,13 @@ def _program(hidden: int, held: int, hc: int, placed: bool, mixes: str, norm: bo
         ):  # fmt: skip
             with T.Kernel(chunks, groups, threads=32 * warps) as (chunk, group):
                 project(
-                    streams, None, fn, None, partial, chunk, group, groups, tokens, hidden, held, hc // held, mix, wide
-                )
+                    streams, None, fn, None, partial, chunk, group, groups, tokens, hidden, held, hc // held, mix, wide,
+                    False,
+                )  # fmt: skip
             with T.Kernel(finishing, threads=threads) as block:
                 finish(
                     streams, partial, base, scale, norm_weight, post, comb, collapsed, block, tokens, rms_eps, hc_eps,
-                    norm_eps, iterations, hidden, held, hc, mix, norm, wide,
+                    norm_eps, iterations, hidden, held, hc, mix, norm, wide, False,
                 )  # fmt: skip
 
         return hc_pre
@@ -152,12 +155,12 @@ def _program(hidden: int, held: int, hc: int, placed: bool, mixes: str, norm: bo
             with T.Kernel(chunks, groups, threads=32 * warps) as (chunk, group):
                 project(
                     streams, (output, post, comb), fn, new_streams, partial, chunk, group, groups, tokens, hidden,
-                    held, 1, mix, wide,
+                    held, 1, mix, wide, False,
                 )  # fmt: skip
             with T.Kernel(finishing, threads=threads) as block:
                 finish(
                     new_streams, partial, base, scale, norm_weight, None, None, collapsed, block, tokens, rms_eps,
-                    hc_eps, norm_eps, 0, hidden, held, hc, mix, norm, wide,
+                    hc_eps, norm_eps, 0, hidden, held, hc, mix, norm, wide, False,
                 )  # fmt: skip
 
         return hc_post_head
@@ -168,11 +171,14 @@ def _program(hidden: int, held: int, hc: int, placed: bool, mixes: str, norm: bo
         collapsed: Vectors(), groups: T.int32, rms_eps: T.float32, hc_eps: T.float32, norm_eps: T.float32,
     ):  # fmt: skip
         with T.Kernel(chunks, groups, threads=32 * warps) as (chunk, group):
-            project(streams, None, fn, None, partial, chunk, group, groups, tokens, hidden, held, hc // held, mix, wide)
+            project(
+                streams, None, fn, None, partial, chunk, group, groups, tokens, hidden, held, hc // held, mix, wide,
+                False,
+            )  # fmt: skip
         with T.Kernel(finishing, threads=threads) as block:
             finish(
                 streams, partial, base, scale, norm_weight, None, None, collapsed, block, tokens, rms_eps, hc_eps,
-                norm_eps, 0, hidden, held, hc, mix, norm, wide,
+                norm_eps, 0, hidden, held, hc, mix, norm, wide, False,
             )  # fmt: skip
 
     return hc_head
