@@ -2,6 +2,9 @@
 
 compute-sanitizer --tool memcheck --report-api-errors no python tools/sanitize.py triton|tilelang|cutedsl
 compute-sanitizer --tool racecheck python tools/sanitize.py triton|tilelang|cutedsl
+compute-sanitizer --tool racecheck --racecheck-memcpy-async no python tools/sanitize.py cutedsl compressor_cutedsl
+
+The last because racecheck does not follow cp.async.mbarrier.arrive, by which the compressor waits for its copies.
 
 Further arguments choose parts, by the names of the functions below, since all together take minutes.
 

@@ -42,7 +42,7 @@ class Feed(State):
         dtype: of kv and gate, a torch dtype.
         angle: of cos and sin.
         poolers: warps that pool, in ``groups`` that take turns with the units.
-        readers: warps that release a stage.
+        readers: arrivals that release a stage.
         savers: warps that write the state, and others.
         spare: bytes of shared memory that are not stages.
     """
@@ -121,6 +121,10 @@ class Feed(State):
             owner = self._read(t.requests, guess, inside, -1)
             start = Int32(self._read(t.starts, index, head, 0))
             after = Int32(self._read(t.starts, index + 1, head, 0))
+            # A request of one token often closes its window; and a table of one column has the page of any position
+            likely = self._read(t.slots, guess, head & inside, -1)
+            narrow = t.table.shape[1] == 1
+            only = self._raw_page(t, index, Int32(0), head & narrow)
             after = cutlass.min(after, tokens)
             some = head & (start >= 0) & (start < after)
             elsewhere = some & (start != index)
@@ -143,12 +147,19 @@ class Feed(State):
                 closes = closing + attempt * ratio
                 reaches = (closes - (self.length - 1) < start) | (index >= requests)
                 tried.append(mine & reaches & (closes < after))
-                slots.append(self._read(t.slots, closes, tried[attempt], -1))
+                if cutlass.const_expr(attempt == 0):
+                    guessed = tried[0] & head & (closes == guess)
+                    slot = self._read(t.slots, closes, tried[0] & ~guessed, -1)
+                    slots.append(Int64(cutlass.select_(guessed, likely, slot)))
+                else:
+                    slots.append(self._read(t.slots, closes, tried[attempt], -1))
             if cutlass.const_expr(self.aligned):
                 for part in cutlass.range_constexpr(self.series):
                     place = at - (self.length - 1) + part * ratio
                     wanted = mine & (place >= 0) & (whole + part * ratio < start)
-                    pages.append(self._raw_page(t, index, cutlass.max(place, 0), wanted))
+                    guessed = wanted & head & narrow
+                    page = self._raw_page(t, index, cutlass.max(place, 0), wanted & ~guessed)
+                    pages.append(Int64(cutlass.select_(guessed, only, page)))
             flags, known = Int32(0), head | ((ends == owner) & (begins == owner))
             for attempt in cutlass.range_constexpr(self.series):
                 angle = floored(at + attempt * ratio, ratio) * ratio

@@ -70,6 +70,7 @@ class Long(Feed):
             block=[self.threads, 1, 1],
             cluster=[self.cluster, 1, 1],
             min_blocks_per_mp=1,
+            use_pdl=True,
             stream=stream,
         )
 
@@ -109,8 +110,10 @@ class Long(Feed):
             cute.arch.mbarrier_init_fence()
         if thread < LARGEST * BLOCK:
             ptx.store_shared(base + self.maxima_at + 4 * thread, [Uint32(LEAST)])
+        cute.arch.griddepcontrol_launch_dependents()  # nothing there may read before this kernel has ended
         cute.arch.sync_threads()
         cute.arch.cluster_arrive_relaxed()
+        cute.arch.griddepcontrol_wait()
         # No block sends before all have their barriers, nor ends before it has what the others send: the warp that does
         # both waits for that first, the others last, when it has long been so
         if warp < POOLERS:

@@ -43,7 +43,7 @@ class Short(Feed):
         sums = 2 * 4 * 16
         super().__init__(
             d, d, ratio, series, n, rope, dtype, angle, poolers=poolers, groups=poolers // self.warps,
-            readers=self.warps, savers=SAVERS, spare=self.bias_bytes + 4 * d + sums,
+            readers=32 * self.warps, savers=SAVERS, spare=self.bias_bytes + 4 * d + sums,
         )  # fmt: skip
         self.format, self.hadamard, self.page_size = format, hadamard, page_size
         self.bias_at, self.factors_at = self.spare_at, self.spare_at + self.bias_bytes
@@ -71,7 +71,7 @@ class Short(Feed):
     ):
         self.kernel(
             kv, gate, bias, weight, positions, requests, starts, cos, sin, state, table, cache, slots, eps
-        ).launch(grid=[clusters, 1, 1], block=[self.threads, 1, 1], min_blocks_per_mp=1, stream=stream)
+        ).launch(grid=[clusters, 1, 1], block=[self.threads, 1, 1], min_blocks_per_mp=1, use_pdl=True, stream=stream)
 
     @cute.kernel
     def kernel(
@@ -101,7 +101,9 @@ class Short(Feed):
         if thread == 0:
             self.begin(base)
             cute.arch.mbarrier_init_fence()
+        cute.arch.griddepcontrol_launch_dependents()  # nothing there may read before this kernel has ended
         cute.arch.sync_threads()
+        cute.arch.griddepcontrol_wait()
         if warp < self.poolers:
             self._parameters(t, base, weight, thread)
             cute.arch.barrier(barrier_id=14, number_of_threads=32 * self.poolers)
@@ -148,9 +150,7 @@ class Short(Feed):
             else:
                 x = self._pooled(base, at, Int32(old), mine)
                 angles = self._angles(at, column)
-                cute.arch.sync_warp()
-                if lane == 0:
-                    ptx.barrier_arrive(self.empty(base, stage))
+                ptx.barrier_arrive(self.empty(base, stage))
                 num, den = x
                 x = [ptx.div(a, b) for a, b in zip(num, den, strict=True)]
                 total = row.squares(x)

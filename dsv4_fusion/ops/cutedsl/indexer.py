@@ -58,7 +58,7 @@ class Queries:
         groups = q.shape[0] * self.groups
         per_block = self.threads // LANES
         self.kernel(q, positions, cos, sin, weights, values, scales, weights_out, floor).launch(
-            grid=[(groups + per_block - 1) // per_block, 1, 1], block=[self.threads, 1, 1], stream=stream
+            grid=[(groups + per_block - 1) // per_block, 1, 1], block=[self.threads, 1, 1], use_pdl=True, stream=stream
         )
 
     @cute.kernel
@@ -89,6 +89,8 @@ class Queries:
         if cutlass.const_expr(heads % count):
             own = [cutlass.min(head, heads - 1) for head in own]
 
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()  # after the wait: the next kernel may then read what was before
         # All loads first: they are in flight together
         base = q.iterator + token * q.stride[0]
         loaded = [rows.load(base + Int64(head) * q.stride[1], lane) for head in own]

@@ -48,7 +48,7 @@ class Keys:
     ):
         per_block = THREADS // LANES
         self.kernel(k, cache, slots, norm_weight, positions, cos, sin, eps, floor).launch(
-            grid=[(k.shape[0] + per_block - 1) // per_block, 1, 1], block=[THREADS, 1, 1], stream=stream
+            grid=[(k.shape[0] + per_block - 1) // per_block, 1, 1], block=[THREADS, 1, 1], use_pdl=True, stream=stream
         )
 
     @cute.kernel
@@ -71,6 +71,8 @@ class Keys:
         index = block * (THREADS // LANES) + thread // LANES
         token = Int64(cutlass.min(index, k.shape[0] - 1))
 
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
         row = rows.load(k.iterator + token * k.stride[0], lane)
         slot = Int64(slots[token])
         writes = (index < k.shape[0]) & (slot >= 0) & (slot < Int64(cache.shape[0]) * page_size)
