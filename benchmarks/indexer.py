@@ -95,7 +95,9 @@ def eager(name: str, hadamard: bool) -> Callable[..., object]:
             values, scales = _indexer.quantise_fp8_ref(k)
         else:
             values, scales = _indexer.quantise_mxfp4_ref(k)
-        values, scales = values.view(torch.uint8), scales.unsqueeze(1).view(torch.uint8)
+        # Bytes by shifts: Inductor does not make smaller elements of larger ones
+        shifts = torch.arange(0, 32, 8, device=k.device)
+        values, scales = values.view(torch.uint8), (scales.view(torch.int32).unsqueeze(1) >> shifts).to(torch.uint8)
         page, row = slots.unsqueeze(1) // PAGE, slots.unsqueeze(1) % PAGE
         width = values.shape[1]
         cache[page, row * width + torch.arange(width, device=k.device)] = values
