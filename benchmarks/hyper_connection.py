@@ -199,7 +199,7 @@ def measure(arguments: argparse.Namespace, rows: list[dict], save: Callable[[], 
                 compiled = torch.compile(eager, dynamic=False)
                 us = getattr(_harness, timer)(lambda: compiled(**tensors))
                 add("hc_post_pre_norm", "inductor", timer, us, hidden, tokens)
-            except Exception as error:
+            except Exception as error:  # one graph that Inductor cannot compile is no reason to stop
                 print(f"skipped: inductor, D {hidden}, T {tokens}: {type(error).__name__}: {error}", flush=True)
     for name in PEERS:
         save()

@@ -111,7 +111,6 @@ def on_numpy(monkeypatch):
         pair_min=_pairwise(np.minimum),
         pair_max_abs=_pairwise(lambda a, b: np.maximum(abs(a), abs(b)) * np.sign(a) * np.sign(b)),
         merge=lambda mask, ones, zeros: ones & np.uint32(mask) | zeros & ~np.uint32(mask),
-        multiply_add=lambda a, b, c: _words(np.asarray(a).astype(np.int64) * b + c),
         pair_mul=_pairwise(np.multiply),
         pair_fma=_pairwise(lambda a, b, c: a * b + c),
         permute=_permute,

@@ -17,6 +17,7 @@ import triton
 
 from dsv4_fusion import ops
 from dsv4_fusion.ops.cutedsl import scores as ragged_kernel
+from dsv4_fusion.ops.cutedsl import scores_mxfp4
 from dsv4_fusion.ops.cutedsl import scores_paged as paged_kernel
 from dsv4_fusion.ops.indexer_scores import best_ref
 from dsv4_fusion.ops.indexer_scores_paged import _cutedsl_paged_limits
@@ -56,11 +57,19 @@ def disassembled(module, variant: tuple, folder: Path) -> str:
     return sass
 
 
+@pytest.mark.parametrize("d", [64, 128])
+def test_the_expansion_of_keys_compiles_for_sm90(d, tmp_path):
+    """Before it reads anything it lets the scores begin, which wait for it."""
+    sass = disassembled(scores_mxfp4, (d,), tmp_path)
+    assert sass.index("PREEXIT") < sass.index("LDG")
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
 def test_compiles_for_sm90(variant, tmp_path):
     """The tensor cores have more to do when a warpgroup begins to sum, and relu and weight are two instructions."""
     heads, d, dtype, *_ = variant
     sass = disassembled(ragged_kernel, variant, tmp_path)
+    assert ("ACQBULK" in sass) == (dtype == MXFP4)  # which waits for its keys
     steps = d // (32 if dtype == FP8 else 16)
     order = re.findall(r"\b([QH]GMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR|BAR\.ARV)\b", sass)
     product = "QGMMA" if dtype == FP8 else "HGMMA"
