@@ -241,9 +241,10 @@ def max_shared(address: Int32, value: Int32) -> None:
     inline_ptx("red.shared.max.s32 [{$r0}], {$r1};", read_only_args=[address, value])
 
 
-def copy_async(to: Int32, source: Int64) -> None:
-    """16 bytes from global memory, past the L1 cache."""
-    inline_ptx("cp.async.cg.shared.global [{$r0}], [{$r1}], 16;", read_only_args=[to, source])
+def copy_async(to: Int32, source: Int64, size: int = 16) -> None:
+    """4 or 16 bytes from global memory; 16 past the L1 cache."""
+    cache = "cg" if size == 16 else "ca"
+    inline_ptx(f"cp.async.{cache}.shared.global [{{$r0}}], [{{$r1}}], {size};", read_only_args=[to, source])
 
 
 def wait_for_copies() -> None:

@@ -28,8 +28,7 @@ GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
 TURNS = 1  # the first of two named barriers
 LAYING = 96  # threads that lay out MXFP4 queries
-AT_ONCE = 6  # blocks of these that a thread loads together
-SLOTS = 4  # of limits: two stages of queries, one that is being written, and one to spare
+SLOTS = 4  # pieces of work of which it is known ahead what is visible
 LINE = 128  # bytes of a row that lie together in shared memory
 SHARED = 227 * 1024
 MINUS_INFINITY = 0xFF800000
@@ -60,7 +59,11 @@ class Scores:
         self.step = 32 // size  # of a matrix instruction
         self.tiles_q = 2  # queries of the work after this one are loaded meanwhile
         per_q, per_k = COLUMNS * d * size, KEYS * d * size
-        self.stages = min(6, (SHARED - 4096 - self.tiles_q * (per_q + 4 * COLUMNS)) // per_k)
+        # Where packed queries wait: 16 bytes, a word of scales, and a weight, each for the thread that will read it
+        self.blocks = -(-COLUMNS * d // 32 // LAYING) * LAYING if packed else 0
+        self.kept = -(-COLUMNS // LAYING) * LAYING if packed else 0
+        waiting = 20 * self.blocks + 4 * self.kept
+        self.stages = min(6, (SHARED - 4096 - waiting - self.tiles_q * (per_q + 4 * COLUMNS)) // per_k)
         self.q_bytes, self.k_bytes = per_q + 4 * COLUMNS, per_k
 
     @cute.jit
@@ -96,10 +99,12 @@ class Scores:
         class Shared:
             barriers_q: cute.struct.MemRange[Int64, self.tiles_q * 2]
             barriers_k: cute.struct.MemRange[Int64, self.stages * 2]
+            barriers_found: cute.struct.MemRange[Int64, SLOTS * 2]
             tile_q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(q_layout)], 1024]
             tile_k: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(k_layout)], 1024]
             tile_w: cute.struct.Align[cute.struct.MemRange[Float32, COLUMNS * self.tiles_q], 128]
             limits: cute.struct.MemRange[Int32, SLOTS * self.slot]
+            waiting: cute.struct.Align[cute.struct.MemRange[Uint32, 5 * self.blocks + self.kept], 16]
 
         self.shared, self.dtype, self.result = Shared, dtype, out.element_type
         groups = (out.shape[0] + self.queries - 1) // self.queries
@@ -157,8 +162,9 @@ class Scores:
                 cpasync.prefetch_descriptor(tma_w)
 
         storage = SmemAllocator().allocate(self.shared)
-        q_stages = self._pipeline(storage.barriers_q, self.tiles_q, self.q_bytes, self.packed)
-        k_stages = self._pipeline(storage.barriers_k, self.stages, self.k_bytes, False)
+        q_stages = self._pipeline(storage.barriers_q, self.tiles_q, self.q_bytes, LAYING if self.packed else 0)
+        k_stages = self._pipeline(storage.barriers_k, self.stages, self.k_bytes, 0)
+        found = self._pipeline(storage.barriers_found, SLOTS, 0, 32)  # limits, by the warp that loads
         pipeline.pipeline_init_arrive(cluster_shape_mn=(1, 1), is_relaxed=True)
         s_q = storage.tile_q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         s_k = storage.tile_k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
@@ -180,22 +186,27 @@ class Scores:
                     cute.arch.griddepcontrol_wait()  # for the kernel that expands the keys
                 q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                 k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
+                slot = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, SLOTS)
                 for turn in cutlass.range(0, rounds):
                     piece = _piece(turn, pieces, block, blocks)
                     few, chunk = piece // chunks, piece % chunks
-                    first, last = self._seen(start, end, out.shape[0], length, few, chunk, ratio, limits, turn)
-                    q_stages.producer_acquire(q_state)
-                    if cutlass.const_expr(self.packed):  # this warp has left the limits
-                        q_stages.producer_commit(q_state)
-                    else:
-                        full = q_stages.producer_get_barrier(q_state)
-                        for line in cutlass.range_constexpr(self.lines):
-                            cute.copy(
-                                tma_q, from_q[(None, few, line)], to_q[(None, q_state.index * self.lines + line)],
-                                tma_bar_ptr=full,
-                            )  # fmt: skip
-                        cute.copy(tma_w, from_w[(None, few, 0)], to_w[(None, q_state.index)], tma_bar_ptr=full)
-                    q_state.advance()
+                    first, last, low, high = self._visible(start, end, out.shape[0], length, few, chunk, ratio)
+                    if cutlass.const_expr(self.limits != "all"):
+                        found.producer_acquire(slot)
+                        self._leave(limits, slot.index, first, last, low, high)
+                        found.producer_commit(slot)
+                        slot.advance()
+                    if cutlass.const_expr(not self.packed):  # noqa: SIM102 (known when compiling, the next one running)
+                        if first < last:
+                            q_stages.producer_acquire(q_state)
+                            full = q_stages.producer_get_barrier(q_state)
+                            for line in cutlass.range_constexpr(self.lines):
+                                cute.copy(
+                                    tma_q, from_q[(None, few, line)], to_q[(None, q_state.index * self.lines + line)],
+                                    tma_bar_ptr=full,
+                                )  # fmt: skip
+                            cute.copy(tma_w, from_w[(None, few, 0)], to_w[(None, q_state.index)], tma_bar_ptr=full)
+                            q_state.advance()
                     for tile in cutlass.range(first, last):
                         k_stages.producer_acquire(k_state)
                         barrier = k_stages.producer_get_barrier(k_state)
@@ -205,21 +216,25 @@ class Scores:
                                 tma_bar_ptr=barrier,
                             )  # fmt: skip
                         k_state.advance()
-                q_stages.producer_tail(q_state)
+                if cutlass.const_expr(not self.packed):
+                    q_stages.producer_tail(q_state)
                 k_stages.producer_tail(k_state)
-            elif cutlass.const_expr(self.packed):  # noqa: SIM102 (known when compiling, the next one when running)
+            elif cutlass.const_expr(self.packed):  # noqa: SIM102 (as above)
                 if warp_index <= LAYING // 32:
                     q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                     for turn in cutlass.range(0, rounds):
                         piece = _piece(turn, pieces, block, blocks)
                         few, chunk = piece // chunks, piece % chunks
                         first, last, _, _ = self._visible(start, end, out.shape[0], length, few, chunk, ratio)
-                        q_stages.producer_acquire(q_state)
-                        if first < last:  # the causal rule leaves many pieces with nothing to multiply
-                            self._lay_out(storage, q, q_scale, weights, s_w, few, q_state.index, thread - 32)
-                        cute.arch.fence_view_async_shared()
-                        q_stages.producer_commit(q_state)
-                        q_state.advance()
+                        if first < last:
+                            waiting = storage.waiting.data_ptr().toint()
+                            self._bring(waiting, q, q_scale, weights, few, thread - 32)
+                            q_stages.producer_acquire(q_state)
+                            ptx.wait_for_copies()
+                            self._lay_out(storage, waiting, s_w, q_state.index, thread - 32)
+                            cute.arch.fence_view_async_shared()
+                            q_stages.producer_commit(q_state)
+                            q_state.advance()
         else:
             cute.arch.setmaxregister_increase(216 if self.packed else 232)
             consumer, thread = group - 1, thread % GROUP
@@ -240,72 +255,79 @@ class Scores:
             if cutlass.const_expr(self.parts == 1):  # noqa: SIM102 (as above)
                 if consumer == 1:
                     self._hand_over(consumer)
+            slot = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, SLOTS)
             for turn in cutlass.range(0, rounds):
                 piece = _piece(turn, pieces, block, blocks)
                 few, chunk = piece // chunks, piece % chunks
-                q_stages.consumer_wait(q_state)
-                first, last, seen = self._limits(limits, turn, length, chunk, lane)
-                for i in cutlass.range_constexpr(COLUMNS // 4):
-                    weight[i] = s_w[i // 2 * 8 + lane % 4 * 2 + i % 2, 0, q_state.index]
-                    if cutlass.const_expr(self._doubled(i)):
-                        weight[i] = ptx.mul(weight[i], Float32(0.5))
+                if cutlass.const_expr(self.limits != "all"):
+                    found.consumer_wait(slot)
+                first, last, seen = self._limits(limits, slot.index, length, chunk, lane)
+                if cutlass.const_expr(self.limits != "all"):
+                    found.consumer_release(slot)
+                    slot.advance()
                 where = (self._rows(out, few, lane), seen, lane)
-                if cutlass.const_expr(self.parts == 1):
-                    for tile in cutlass.range(first, last):
-                        key = tile * KEYS + mine
-                        scales = self._key_scales(k_scale, key, length, lane)
+                if first < last:  # the causal rule leaves many pieces of work with nothing to multiply
+                    q_stages.consumer_wait(q_state)
+                    for i in cutlass.range_constexpr(COLUMNS // 4):
+                        weight[i] = s_w[i // 2 * 8 + lane % 4 * 2 + i % 2, 0, q_state.index]
+                        if cutlass.const_expr(self._doubled(i)):
+                            weight[i] = ptx.mul(weight[i], Float32(0.5))
+                    if cutlass.const_expr(self.parts == 1):
+                        for tile in cutlass.range(first, last):
+                            key = tile * KEYS + mine
+                            scales = self._key_scales(k_scale, key, length, lane)
+                            k_stages.consumer_wait(k_state)
+                            cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=CONSUMERS * GROUP)
+                            self._multiply(a, b[0], k_state.index, q_state.index, products[0], apart=True)
+                            warpgroup.wait_group(1)  # the other's follow the last of these
+                            self._hand_over(consumer)
+                            warpgroup.wait_group(0)
+                            k_stages.consumer_release(k_state)
+                            k_state.advance()
+                            self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
+                    # The assembler lets a product be in flight beside sums if no way leads past the loop, and one wait in
+                    # it is for both; otherwise it waits after every instruction
+                    elif first + 1 < last:
                         k_stages.consumer_wait(k_state)
-                        cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=CONSUMERS * GROUP)
-                        self._multiply(a, b[0], k_state.index, q_state.index, products[0], apart=True)
-                        warpgroup.wait_group(1)  # the other's follow the last of these
-                        self._hand_over(consumer)
-                        warpgroup.wait_group(0)
-                        k_stages.consumer_release(k_state)
-                        k_state.advance()
-                        self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
-                # The assembler lets a product be in flight beside sums if no way leads past the loop, and one wait in
-                # it is for both; otherwise it waits after every instruction
-                elif first + 1 < last:
-                    k_stages.consumer_wait(k_state)
-                    self._multiply(a, b[0], k_state.index, q_state.index, products[0])
-                    for step in cutlass.range(0, cutlass.max(last - first - 1, 1), unroll=1):
-                        key = (first + step) * KEYS + mine
+                        self._multiply(a, b[0], k_state.index, q_state.index, products[0])
+                        for step in cutlass.range(0, cutlass.max(last - first - 1, 1), unroll=1):
+                            key = (first + step) * KEYS + mine
+                            scales = self._key_scales(k_scale, key, length, lane)
+                            self._multiply(a, b[1], k_state.index, q_state.index, products[1])
+                            ahead.advance()
+                            warpgroup.wait_group(0)
+                            sums = self._sums(products[0], weight, 0, lane)
+                            k_stages.consumer_wait(ahead)
+                            self._multiply(a, b[0], ahead.index, q_state.index, products[0])
+                            self._store(where, sums, scales, 0, key)
+                            warpgroup.wait_group(1)
+                            k_stages.consumer_release(k_state)
+                            k_state.advance()
+                            self._store(where, self._sums(products[1], weight, 1, lane), scales, 1, key)
+                        key = (last - 1) * KEYS + mine
                         scales = self._key_scales(k_scale, key, length, lane)
                         self._multiply(a, b[1], k_state.index, q_state.index, products[1])
-                        ahead.advance()
                         warpgroup.wait_group(0)
-                        sums = self._sums(products[0], weight, 0, lane)
-                        k_stages.consumer_wait(ahead)
-                        self._multiply(a, b[0], ahead.index, q_state.index, products[0])
-                        self._store(where, sums, scales, 0, key)
-                        warpgroup.wait_group(1)
+                        sums = [self._sums(products[part], weight, part, lane) for part in range(2)]
                         k_stages.consumer_release(k_state)
                         k_state.advance()
-                        self._store(where, self._sums(products[1], weight, 1, lane), scales, 1, key)
-                    key = (last - 1) * KEYS + mine
-                    scales = self._key_scales(k_scale, key, length, lane)
-                    self._multiply(a, b[1], k_state.index, q_state.index, products[1])
-                    warpgroup.wait_group(0)
-                    sums = [self._sums(products[part], weight, part, lane) for part in range(2)]
-                    k_stages.consumer_release(k_state)
-                    k_state.advance()
-                    ahead.advance()
-                    for part in cutlass.range_constexpr(2):
-                        self._store(where, sums[part], scales, part, key)
-                elif first < last:
-                    key = first * KEYS + mine
-                    scales = self._key_scales(k_scale, key, length, lane)
-                    k_stages.consumer_wait(k_state)
-                    for part in cutlass.range_constexpr(2):
-                        self._multiply(a, b[part], k_state.index, q_state.index, products[part])
-                    warpgroup.wait_group(0)
-                    k_stages.consumer_release(k_state)
-                    k_state.advance()
-                    ahead.advance()
-                    for part in cutlass.range_constexpr(2):
-                        self._store(where, self._sums(products[part], weight, part, lane), scales, part, key)
-                q_stages.consumer_release(q_state)
-                q_state.advance()
+                        ahead.advance()
+                        for part in cutlass.range_constexpr(2):
+                            self._store(where, sums[part], scales, part, key)
+                    else:
+                        key = first * KEYS + mine
+                        scales = self._key_scales(k_scale, key, length, lane)
+                        k_stages.consumer_wait(k_state)
+                        for part in cutlass.range_constexpr(2):
+                            self._multiply(a, b[part], k_state.index, q_state.index, products[part])
+                        warpgroup.wait_group(0)
+                        k_stages.consumer_release(k_state)
+                        k_state.advance()
+                        ahead.advance()
+                        for part in cutlass.range_constexpr(2):
+                            self._store(where, self._sums(products[part], weight, part, lane), scales, part, key)
+                    q_stages.consumer_release(q_state)
+                    q_state.advance()
                 # Keys that none of these queries sees
                 lowest, highest = self._stages(length, chunk)
                 for tile in cutlass.range(lowest, first):
@@ -322,11 +344,11 @@ class Scores:
         """To the other warpgroup, whose turn it is to multiply."""
         cute.arch.barrier_arrive(barrier_id=TURNS + 1 - consumer, number_of_threads=CONSUMERS * GROUP)
 
-    def _pipeline(self, barriers, count: int, size: int, threads: bool):
-        """Filled by TMA, or by the threads of a warpgroup."""
+    def _pipeline(self, barriers, count: int, size: int, threads: int):
+        """Filled by TMA, or by so many threads."""
         create, consumers, options = pipeline.PipelineTmaAsync.create, CONSUMERS * 4, {}
         if threads:
-            create, producers, consumers = pipeline.PipelineAsync.create, 32 + LAYING, CONSUMERS * GROUP
+            create, producers, consumers = pipeline.PipelineAsync.create, threads, CONSUMERS * GROUP
         else:
             producers = 1
             options = {"tx_count": size, "cta_layout_vmnk": cute.make_layout((1, 1, 1, 1))}
@@ -340,13 +362,32 @@ class Scores:
         )
 
     @cute.jit
-    def _lay_out(self, storage, q, q_scale, weights, s_w, few, tile, thread):
-        """MXFP4 queries as bf16, where the product expects them, and their weights; a thread has blocks of 32 dims."""
+    def _bring(self, waiting: Int32, q, q_scale, weights, few, thread):
+        """Of MXFP4 queries what this thread will lay out, asynchronously: blocks of 32 dims, their scales, weights."""
         blocks, last = self.d // 32, q.shape[0] - 1  # what is behind it is of no query
+        first = few * COLUMNS + thread // blocks
+        for i in cutlass.range_constexpr(self.blocks // LAYING):
+            row = Int64(cutlass.min(first + i * (LAYING // blocks), last))
+            at = i * LAYING + thread
+            source = q.iterator.toint() + row * q.stride[0] + Int64(thread % blocks * 16)
+            ptx.copy_async(waiting + 16 * at, source)
+            scale = q_scale.iterator.toint() + row * q_scale.stride[0] * 4
+            ptx.copy_async(waiting + (16 * self.blocks + 4 * at), scale, 4)
+        for i in cutlass.range_constexpr(self.kept // LAYING):
+            column = i * LAYING + thread
+            row = Int64(cutlass.min(few * COLUMNS + column, last))
+            ptx.copy_async(waiting + (20 * self.blocks + 4 * column), weights.iterator.toint() + row * 4, 4)
+
+    @cute.jit
+    def _lay_out(self, storage, waiting: Int32, s_w, tile, thread):
+        """MXFP4 queries as bf16, where the product expects them, and their weights."""
+        blocks = self.d // 32
         shared = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
-        for i in cutlass.range_constexpr((COLUMNS + LAYING - 1) // LAYING):
-            column = cutlass.min(i * LAYING + thread, COLUMNS - 1)
-            s_w[column, 0, tile] = weights[cutlass.min(few * COLUMNS + column, last), 0]
+        for i in cutlass.range_constexpr(self.kept // LAYING):
+            column = i * LAYING + thread
+            (weight,) = ptx.load_shared(waiting + (20 * self.blocks + 4 * column), 1)
+            if column < COLUMNS:
+                s_w[column, 0, tile] = ptx.real(weight)
         rows = LAYING // blocks  # that all threads have together, a multiple of 8
         column, block = thread // blocks, thread % blocks
         to = []  # where the four pieces of 16 bytes go, of the first row
@@ -354,18 +395,12 @@ class Scores:
             piece = block * 4 + word
             line = (tile * self.lines + piece // 8) * COLUMNS + column
             to.append(shared + (line * LINE + (piece % 8 ^ column % 8) * 16))
-        together = rows * AT_ONCE
-        for i in cutlass.range(0, (COLUMNS + together - 1) // together, unroll=1):
-            loaded = []
-            for j in cutlass.range_constexpr(AT_ONCE):
-                row = Int64(cutlass.min(few * COLUMNS + (i * AT_ONCE + j) * rows + column, last))
-                packed = ptx.load(q.iterator + (row * q.stride[0] + block * 16), 4, ptx.STREAMED)
-                (scales,) = ptx.load(q_scale.iterator + row * q_scale.stride[0], 1, ptx.STREAMED)
-                loaded.append((packed, scales))
-            for j, (packed, scales) in enumerate(loaded):
-                behind = (i * AT_ONCE + j) * rows
-                if behind + column < COLUMNS:
-                    self._lay_block(to, behind * LINE, packed, scales, block)
+        for i in cutlass.range(0, self.blocks // LAYING, unroll=2):
+            at = i * LAYING + thread
+            packed = ptx.load_shared(waiting + 16 * at, 4)
+            (scales,) = ptx.load_shared(waiting + (16 * self.blocks + 4 * at), 1)
+            if i * rows + column < COLUMNS:
+                self._lay_block(to, i * (rows * LINE), packed, scales, block)
 
     @cute.jit
     def _lay_block(self, to, behind, packed, scales, block):
@@ -412,29 +447,25 @@ class Scores:
             last = cutlass.max(cutlass.min(last, (highest + KEYS - 1) // KEYS), first)
         return first, last, low, high
 
+    def _leave(self, limits, slot, *values) -> None:
+        """What is visible, found by the lanes of a warp, where :meth:`_limits` finds it."""
+        first, last, low, high = values
+        lane, at = cute.arch.lane_idx(), slot * self.slot
+        self._leave_one(limits, at + lane, low, lane < self.queries)
+        self._leave_one(limits, at + self.queries + lane, high, lane < self.queries)
+        self._leave_one(limits, at + 2 * self.queries, first, lane == 0)
+        self._leave_one(limits, at + 2 * self.queries + 1, last, lane == 0)
+
     @cute.jit
-    def _seen(self, start, end, queries, length, few, chunk, ratio, limits, turn):
-        """What is visible, found by the lanes of the warp that loads.
+    def _leave_one(self, limits, at, value, here):
+        if here:
+            limits[at] = value
 
-        Limits are left where the consumers find them, before those wait for the queries.
-        """
-        first, last, low, high = self._visible(start, end, queries, length, few, chunk, ratio)
-        if cutlass.const_expr(self.limits != "all"):
-            slot = turn % SLOTS * self.slot
-            found = [cute.arch.shuffle_sync(limit, i) for limit in (low, high) for i in range(self.queries)]
-            if cute.arch.lane_idx() == 0:  # the thread whose arrival the consumers wait for
-                for i in cutlass.range_constexpr(2 * self.queries):
-                    limits[slot + i] = found[i]
-                limits[slot + 2 * self.queries] = first
-                limits[slot + 2 * self.queries + 1] = last
-            cute.arch.sync_warp()
-        return first, last
-
-    def _limits(self, limits, turn, length, chunk, lane):
-        """What :meth:`_seen` found: the stages, and what the queries see whose sums this thread stores."""
+    def _limits(self, limits, slot, length, chunk, lane):
+        """What :meth:`_leave` has left: the stages, and what the queries see whose sums this thread stores."""
         if self.limits == "all":
             return *self._stages(length, chunk), [None] * self.parts
-        slot = turn % SLOTS * self.slot
+        slot = slot * self.slot
         stages = [limits[slot + 2 * self.queries + i] for i in range(2)]
         at = [slot + part * self.own + self._query(lane) for part in range(self.parts)]
         return *stages, [(limits[query], limits[query + self.queries]) for query in at]
