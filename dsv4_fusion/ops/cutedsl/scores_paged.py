@@ -62,6 +62,8 @@ class PagedScores:
         self.lines = d // self.line
         self.row = d if fp8 else d // 2  # bytes of a key
         self.parts = max(1, d // TOGETHER) if fp8 else 1  # sums of a product
+        # The sums over heads of one product are made while the next one is in the making
+        self.apart = not fp8 and self.passes == 1
         per_q, per_k = self.columns * (d * size + 4), KEYS * (self.row + 4) + 24
         self.tiles_q = 2 if 2 * per_q <= 96 * 1024 else 1
         stages = min(STAGES, (SHARED - 4096 - self.tiles_q * per_q) // per_k)
@@ -379,7 +381,7 @@ class PagedScores:
         lane = thread % WARP
         own = thread // WARP * 16 + lane // 4  # this thread's first key in a stage
         stage, phase = consumer, Int32(0)
-        slot, q_phase = Int32(0), Int32(0)
+        round_ = Int32(0)  # of sequences
         skipped = consumer  # stages of others before this one's next
         tiled_mma = self._mma()
         part = tiled_mma.get_slice(0)
@@ -391,55 +393,108 @@ class PagedScores:
         else:
             a = cute.make_rmem_tensor(tiled_mma.partition_shape_A((KEYS, self.d)), BFloat16)
         shape = tiled_mma.partition_shape_C((KEYS, self.width))
-        products = [cute.make_rmem_tensor(shape, Float32) for _ in range(self.parts)]
+        products = [cute.make_rmem_tensor(shape, Float32) for _ in range(2 if self.apart else self.parts)]
         weight = cute.make_rmem_tensor((self.width // 4,), Float32)
         while left > 0:
             last = cutlass.min(self._tiles(lengths, sequence, out.shape[2]), tile + left)
             if last > tile:
-                cute.arch.mbarrier_wait(storage.q_full.data_ptr() + slot, q_phase)
+                slot = Int32(Uint32(round_) % self.tiles_q)
+                cute.arch.mbarrier_wait(storage.q_full.data_ptr() + slot, Int32(Uint32(round_) // self.tiles_q % 2))
                 if cutlass.const_expr(self.passes == 1):
                     self._weights(storage, weight, slot, lane)
+                # Of the queries whose sums this thread has in the end: before which keys they see, and their scores
                 ends = [self._end(lengths, sequence, query, out.shape[2]) for query in self._mine(lane)]
-                for at in cutlass.range(tile + skipped, last, self.consumers):
-                    cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, phase)
-                    key = at * KEYS + own
-                    self._stage(storage, a, b, products, weight, out, ends, sequence, key, own, stage, slot, lane)
-                    stage += self.consumers
-                    if stage >= self.stages:
-                        stage -= self.stages
-                        phase = phase ^ 1
+                starts = [
+                    out.iterator + (Int64(sequence) * out.stride[0] + Int64(query) * out.stride[1])
+                    for query in self._mine(lane)
+                ]
+                to = (ends, starts, out.shape[2], lane)
+                key, count = (tile + skipped) * KEYS + own, last - tile - skipped + (self.consumers - 1)
+                count = count // self.consumers
+                skipped -= (last - tile) % self.consumers
+                skipped += _select(skipped < 0, Int32(self.consumers), Int32(0))
+                if cutlass.const_expr(self.apart):
+                    if count > 0:
+                        found = self._begin(storage, a, b, products[0], own, stage, phase, slot, lane)
+                        stage, phase = self._next(stage, phase)
+                        warpgroup.wait_group(0)
+                        for _ in cutlass.range((count - 1) // 2):
+                            for turn in cutlass.range_constexpr(2):
+                                after = self._begin(storage, a, b, products[1 - turn], own, stage, phase, slot, lane)
+                                stage, phase = self._next(stage, phase)
+                                self._end_stage(products[turn], weight, to, key, found, own)
+                                key += self.consumers * KEYS
+                                found = after
+                                warpgroup.wait_group(0)
+                        if count % 2 == 0:
+                            after = self._begin(storage, a, b, products[1], own, stage, phase, slot, lane)
+                            stage, phase = self._next(stage, phase)
+                            self._end_stage(products[0], weight, to, key, found, own)
+                            warpgroup.wait_group(0)
+                            self._end_stage(products[1], weight, to, key + self.consumers * KEYS, after, own)
+                        else:
+                            self._end_stage(products[0], weight, to, key, found, own)
+                else:
+                    for _ in cutlass.range(count):
+                        cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, phase)
+                        self._stage(storage, a, b, products, weight, to, key, own, stage, slot)
+                        stage, phase = self._next(stage, phase)
+                        key += self.consumers * KEYS
                 cute.arch.sync_warp()
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(storage.q_empty.data_ptr() + slot)
-                slot += 1
-                if slot == self.tiles_q:
-                    slot = Int32(0)
-                    q_phase = q_phase ^ 1
-                skipped -= (last - tile) % self.consumers
-                if skipped < 0:
-                    skipped += self.consumers
+                round_ += 1
             left -= last - tile
             sequence += 1
             tile = Int32(0)
 
-    def _stage(self, storage, a, b, products, weight, out, ends, sequence, key, own, stage, slot, lane):
-        """64 keys, from the moment they have arrived."""
-        rows = [stage * KEYS + own + 8 * i for i in range(2)]
+    def _next(self, stage, phase) -> tuple[Int32, Int32]:
+        """This warpgroup's stage after this one, and its phase."""
+        after = stage + self.consumers
+        return _select(after >= self.stages, after - self.stages, after), phase ^ Int32(after >= self.stages)
+
+    def _begin(self, storage, a, b, product, own, stage, phase, slot, lane) -> Uint32:
+        """The product of 64 MXFP4 keys, once they have arrived, in flight on return; whether they are there at all."""
+        cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, phase)
+        words, scales, found = self._take(storage, own, stage, lane)
+        self._expand_and_multiply(a, b, product, words, scales, slot, lane, True)
+        return found
+
+    def _take(self, storage, own, stage, lane):
+        """Of a stage of MXFP4 keys this thread's part of two, their scales, and which pages were found; released."""
+        rows, per = [stage * KEYS + own + 8 * i for i in range(2)], self.d // 32
         scales = [ptx.load_shared(storage.scales.data_ptr() + row, 1)[0] for row in rows]
         found = ptx.load_shared(storage.found.data_ptr() + stage, 1)[0]
-        words = None
-        if not self.fp8:
-            per = self.d // 32
-            words = [
-                ptx.load_shared(storage.tile_k.data_ptr() + (row * self.row + lane % 4 * (4 * per)), per)
-                for row in rows
-            ]
-            self._release(storage, stage)
+        values = storage.tile_k.data_ptr() + lane % 4 * (4 * per)
+        words = [ptx.load_shared(values + row * self.row, per) for row in rows]
+        self._release(storage, stage)
+        return words, scales, found
+
+    def _end_stage(self, product, weight, to, key, found, own) -> None:
+        """Sums over heads of a product that has ended, and their place."""
+        lane = to[-1]
         later = lane & 1
-        page = (own + 8 * later) // self.page if self.pages > 1 else 0
-        here = (found >> Uint32(page)) & Uint32(1) if self.pages > 1 else found
+        for i, sum_ in enumerate(self._sums([product], weight, lane)):
+            self._put(*self._row(to, i), key + 8 * later, sum_, None, self._here(found, own, later))
+
+    def _here(self, found, own, later) -> Uint32:
+        """Whether the page of one of this thread's two keys was found."""
+        return (found >> Uint32((own + 8 * later) // self.page)) & Uint32(1) if self.pages > 1 else found
+
+    def _stage(self, storage, a, b, products, weight, to, key, own, stage, slot):
+        """64 keys, from the moment they have arrived."""
+        lane = to[-1]
+        if self.fp8:
+            scales = [
+                ptx.load_shared(storage.scales.data_ptr() + (stage * KEYS + own + 8 * i), 1)[0] for i in range(2)
+            ]
+            found = ptx.load_shared(storage.found.data_ptr() + stage, 1)[0]
+        else:
+            words, scales, found = self._take(storage, own, stage, lane)
+        later = lane & 1
+        here = self._here(found, own, later)
         scale = ptx.real(ptx.select(later == 1, scales[1], scales[0])) if self.fp8 else None
-        count = len(ends) // self.passes
+        count = len(to[0]) // self.passes
         for turn in range(self.passes):
             if self.fp8:
                 self._multiply(a, b, products, stage, slot * self.passes + turn)
@@ -447,12 +502,12 @@ class PagedScores:
                     self._release(storage, stage)
             else:
                 self._expand_and_multiply(a, b, products[0], words, scales, slot * self.passes + turn, lane, turn == 0)
+                warpgroup.wait_group(0)
             if self.passes > 1:
                 self._weights(storage, weight, slot * self.passes + turn, lane)
             sums = self._sums(products, weight, lane)
             for i in range(count):
-                at = turn * count + i
-                self._put(out, sequence, self._mine(lane)[at], key + 8 * later, sums[i], scale, here, ends[at], lane)
+                self._put(*self._row(to, turn * count + i), key + 8 * later, sums[i], scale, here)
 
     def _release(self, storage, stage) -> None:
         cute.arch.sync_warp()
@@ -480,7 +535,10 @@ class PagedScores:
         warpgroup.wait_group(0)
 
     def _expand_and_multiply(self, a, b, product, words, scales, place, lane, first: bool) -> None:
-        """A word of either row gives two steps of 16 dims; it is expanded while those before are multiplied."""
+        """A word of either row gives two steps of 16 dims; it is expanded while those before are multiplied.
+
+        In flight on return.
+        """
         tiled_mma = self._mma()
         pairs = cute.recast_tensor(a, Uint32)
         per = len(words[0])
@@ -501,7 +559,6 @@ class PagedScores:
                 right = b[(None, None, at % (self.line // 16), place * self.lines + at // (self.line // 16))]
                 cute.gemm(tiled_mma, product, a[(None, None, at)], right, product)
             warpgroup.commit_group()
-        warpgroup.wait_group(0)
 
     @cute.jit
     def _enlarge(self, pairs, word: cutlass.Constexpr, first, second, large):
@@ -543,16 +600,18 @@ class PagedScores:
         second = 0 if self.share % 2 else (lane >> 1 & 1) * count
         return [Int32(turn * self.share + second + i) for turn in range(self.passes) for i in range(count)]
 
+    def _row(self, to, i: int) -> tuple:
+        """Of one of this thread's queries: before which keys it sees, its scores, how many, and if this thread stores."""
+        ends, starts, length, lane = to
+        return ends[i], starts[i], length, (lane >> 1 & 1 == 0) if self.share % 2 == 1 else True
+
     @cute.jit
-    def _put(self, out, b, query, key, value, scale, found, end, lane):
+    def _put(self, end, start: cute.Pointer, length, mine, key, value, scale, found):
         if cutlass.const_expr(scale is not None):
             value = ptx.mul(value, scale)
         value = _choose((found != 0) & (key < end), value, ptx.real(Uint32(MINUS_INFINITY)))
-        mine = key < out.shape[2]
-        if cutlass.const_expr(self.share % 2 == 1):
-            mine = mine & (lane >> 1 & 1 == 0)
-        if mine:
-            out[b, query, key] = value.to(self.result)
+        if mine & (key < length):
+            cute.make_tensor(start + key, cute.make_layout(1))[0] = value.to(self.result)
 
 
 def _select(condition, yes: Int32, no: Int32) -> Int32:
