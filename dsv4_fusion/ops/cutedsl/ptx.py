@@ -291,6 +291,12 @@ def barrier_wait(address: Int32, parity: Int32, scope: str = "cta") -> None:
     inline_ptx(code, read_only_args=[address, parity])
 
 
+def stage_wait(stages, state) -> None:
+    """Until a stage of a pipeline is full; the library's own wait sleeps, and the assembler moves no instruction past
+    the loop that it makes of that: products and sums are laid out worse on both sides."""
+    barrier_wait(stages.sync_object_full.get_barrier(state.index), state.phase)
+
+
 def send(address: Int32, barrier: Int32, rank: Int32, word: Uint32) -> None:
     """A word to the same address in the block ``rank`` of the cluster, whose barrier counts its four bytes."""
     code = (

@@ -413,7 +413,7 @@ class ScaledMM:
 
     def _multiply(self, stages, state, a, b, accumulator) -> None:
         """One stage into ``accumulator``, which begins from zero; in flight on return."""
-        stages.consumer_wait(state)
+        ptx.stage_wait(stages, state)
         warpgroup.fence()
         tiled_mma = self._mma()
         tiled_mma.set(warpgroup.Field.ACCUMULATE, False)

@@ -260,14 +260,14 @@ class Scores:
                 piece = _piece(turn, pieces, block, blocks)
                 few, chunk = piece // chunks, piece % chunks
                 if cutlass.const_expr(self.limits != "all"):
-                    found.consumer_wait(slot)
+                    ptx.stage_wait(found, slot)
                 first, last, seen = self._limits(limits, slot.index, length, chunk, lane)
                 if cutlass.const_expr(self.limits != "all"):
                     found.consumer_release(slot)
                     slot.advance()
                 where = (self._rows(out, few, lane), seen, lane)
                 if first < last:  # the causal rule leaves many pieces of work with nothing to multiply
-                    q_stages.consumer_wait(q_state)
+                    ptx.stage_wait(q_stages, q_state)
                     for i in cutlass.range_constexpr(COLUMNS // 4):
                         weight[i] = s_w[i // 2 * 8 + lane % 4 * 2 + i % 2, 0, q_state.index]
                         if cutlass.const_expr(self._doubled(i)):
@@ -276,7 +276,7 @@ class Scores:
                         for tile in cutlass.range(first, last):
                             key = tile * KEYS + mine
                             scales = self._key_scales(k_scale, key, length, lane)
-                            k_stages.consumer_wait(k_state)
+                            ptx.stage_wait(k_stages, k_state)
                             cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=CONSUMERS * GROUP)
                             self._multiply(a, b[0], k_state.index, q_state.index, products[0], apart=True)
                             warpgroup.wait_group(1)  # the other's follow the last of these
@@ -288,7 +288,7 @@ class Scores:
                     # The assembler lets a product be in flight beside sums if no way leads past the loop, and one wait in
                     # it is for both; otherwise it waits after every instruction
                     elif first + 1 < last:
-                        k_stages.consumer_wait(k_state)
+                        ptx.stage_wait(k_stages, k_state)
                         self._multiply(a, b[0], k_state.index, q_state.index, products[0])
                         for step in cutlass.range(0, cutlass.max(last - first - 1, 1), unroll=1):
                             key = (first + step) * KEYS + mine
@@ -297,7 +297,7 @@ class Scores:
                             ahead.advance()
                             warpgroup.wait_group(0)
                             sums = self._sums(products[0], weight, 0, lane)
-                            k_stages.consumer_wait(ahead)
+                            ptx.stage_wait(k_stages, ahead)
                             self._multiply(a, b[0], ahead.index, q_state.index, products[0])
                             self._store(where, sums, scales, 0, key)
                             warpgroup.wait_group(1)
@@ -317,7 +317,7 @@ class Scores:
                     else:
                         key = first * KEYS + mine
                         scales = self._key_scales(k_scale, key, length, lane)
-                        k_stages.consumer_wait(k_state)
+                        ptx.stage_wait(k_stages, k_state)
                         for part in cutlass.range_constexpr(2):
                             self._multiply(a, b[part], k_state.index, q_state.index, products[part])
                         warpgroup.wait_group(0)

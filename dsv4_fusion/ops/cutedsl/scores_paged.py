@@ -418,7 +418,7 @@ class PagedScores:
                         found = self._begin(storage, a, b, products[0], own, stage, phase, slot, lane)
                         stage, phase = self._next(stage, phase)
                         warpgroup.wait_group(0)
-                        for _ in cutlass.range((count - 1) // 2):
+                        for _ in cutlass.range((count - 1) // 2, unroll=1):
                             for turn in cutlass.range_constexpr(2):
                                 after = self._begin(storage, a, b, products[1 - turn], own, stage, phase, slot, lane)
                                 stage, phase = self._next(stage, phase)
@@ -435,7 +435,7 @@ class PagedScores:
                         else:
                             self._end_stage(products[0], weight, to, key, found, own)
                 else:
-                    for _ in cutlass.range(count):
+                    for _ in cutlass.range(count, unroll=1):
                         cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, phase)
                         self._stage(storage, a, b, products, weight, to, key, own, stage, slot)
                         stage, phase = self._next(stage, phase)
