@@ -68,13 +68,14 @@ def scores_into(out, q, k, weights, q_scale, k_scale, start, end, causal, ratio)
         return
     limits = (start, None, end) if causal else (start, end, None)
     kernel, processors = _begin(*_key(q, q_scale, *limits, out.dtype)).result(), _processors(q.device)
+    per = scores.stages(q.shape[1], k.shape[1], q.shape[2], start is not None or end is not None, processors)
     if q_scale is not None:
         k, k_scale = _expanded(k, k_scale), None
     for b in range(q.shape[0]):
         own = [None if limit is None else limit[b if limit.shape[0] == q.shape[0] else 0] for limit in (start, end)]
         tensors = [make(tensor[b])(tensor[b]) for make, tensor in ((_rows, q), (_rows, k), (_column, weights))]
         scales = [None if scale is None else scale[b].reshape(-1) for scale in (q_scale, k_scale)]
-        kernel(*tensors, *scales, *own, out[b][:, : k.shape[1]], ratio, processors)
+        kernel(*tensors, *scales, *own, out[b][:, : k.shape[1]], ratio, per, processors)
 
 
 class Ragged:
@@ -112,12 +113,14 @@ class Ragged:
             return several
 
         kernel, processors = _begin(*_key(q, None, start, end, positions, dtype)).result(), _processors(device)
+        limited = not (start is None and end is None and positions is None)
+        per = scores.stages(q.shape[0], k.shape[0], q.shape[1], limited, processors)
         q_rows, k_rows, column = _rows(q), _rows(k), _column(weights)
 
         def launch(q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None) -> Tensor:
             out = new(result, device)
             ends = positions if causal else end
-            kernel(q_rows(q), k_rows(k), column(weights), None, k_scale, start, ends, out, ratio, processors)
+            kernel(q_rows(q), k_rows(k), column(weights), None, k_scale, start, ends, out, ratio, per, processors)
             return out
 
         return launch

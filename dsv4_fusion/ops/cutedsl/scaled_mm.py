@@ -27,6 +27,8 @@ GROUP = 128  # threads of a warpgroup
 SHARED = 227 * 1024
 BARRIERS = 1024  # bytes kept for them
 OVERLAP = 64  # columns
+STORES = 1  # the first of the named barriers of the warpgroups that store
+TURNS = 3  # and of those that multiply in turns
 WIDE = 8  # n tiles that are walked together, so that both operands stay in L2
 
 
@@ -63,6 +65,7 @@ class ScaledMM:
         self.span = columns if 128 % columns == 0 else math.gcd(columns, 128)  # columns with one block scale of w
         self.overlap = columns <= OVERLAP  # a second accumulator costs few registers, and hides a stage's latency
         self.consumers = rows // 64
+        self.turns = self.consumers == 2 and not self.overlap  # one multiplies while the other promotes
         self.threads = (1 + self.consumers) * GROUP
         self.piece = math.gcd(columns, 64)  # columns of one store
         self.pieces = columns // self.piece
@@ -308,6 +311,9 @@ class ScaledMM:
             result = cute.make_rmem_tensor(shape, self.dtype)
             pieces = to_shared.retile(result)
             part = cute.make_rmem_tensor(cute.shape(d_out)[:3], self.dtype)
+            if cutlass.const_expr(self.turns):  # noqa: SIM102 (known when compiling, the next one when running)
+                if consumer == 1:
+                    self._hand_over(consumer)
 
             for tile in cutlass.range(first, tiles, apart):
                 m, n = self._place(tile, m_tiles, n_tiles, at)
@@ -358,9 +364,9 @@ class ScaledMM:
                         self._promote(total, sums, scales)
                 elif cutlass.const_expr(self.staged or not self.blockwise):
                     for step in cutlass.range(steps):
-                        self._multiply(stages, state, a, b, sums)
+                        self._multiply(stages, state, a, b, sums, consumer)
                         scales = self._scales(where, step, state.index)
-                        warpgroup.wait_group(0)
+                        self._multiplied(consumer)
                         stages.consumer_release(state)
                         state.advance()
                         self._promote(total, sums, scales)
@@ -368,8 +374,8 @@ class ScaledMM:
                     scales = self._scales(where, Int32(0), None)
                     for step in cutlass.range(steps):
                         more = self._scales(where, cutlass.min(step + 1, steps - 1), None)
-                        self._multiply(stages, state, a, b, sums)
-                        warpgroup.wait_group(0)
+                        self._multiply(stages, state, a, b, sums, consumer)
+                        self._multiplied(consumer)
                         stages.consumer_release(state)
                         state.advance()
                         self._promote(total, sums, scales)
@@ -385,13 +391,13 @@ class ScaledMM:
                 # The store of the tile before has to have read shared memory
                 if warp_index % 4 == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
-                cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=GROUP)
+                cute.arch.barrier(barrier_id=STORES + consumer, number_of_threads=GROUP)
                 for piece in cutlass.range_constexpr(self.pieces):
                     for value in cutlass.range_constexpr(cute.size(part)):
                         part[value] = pieces[piece * cute.size(part) + value]
                     cute.copy(to_shared, part, d_out[(None, None, None, consumer * self.pieces + piece)])
                 cute.arch.fence_proxy("async.shared", space="cta")
-                cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=GROUP)
+                cute.arch.barrier(barrier_id=STORES + consumer, number_of_threads=GROUP)
                 if warp_index % 4 == 0:
                     for piece in cutlass.range_constexpr(self.pieces):
                         cute.copy(
@@ -402,6 +408,9 @@ class ScaledMM:
                     cute.arch.cp_async_bulk_commit_group()
             if warp_index % 4 == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
+            if cutlass.const_expr(self.turns):  # noqa: SIM102 (as above)
+                if consumer == 0:  # the other's last
+                    cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=2 * GROUP)
 
     def _place(self, tile, m_tiles, n_tiles, at):
         """This block's tile of m and of n: ``WIDE`` n tiles beside each other, all m tiles down, then the next."""
@@ -411,13 +420,31 @@ class ScaledMM:
         m, n = inside // width, band * WIDE + inside % width
         return m * self.cluster[0] + at[0], n * self.cluster[1] + at[1]
 
-    def _multiply(self, stages, state, a, b, accumulator) -> None:
-        """One stage into ``accumulator``, which begins from zero; in flight on return."""
+    def _hand_over(self, consumer) -> None:
+        """To the other warpgroup, whose turn it is to multiply."""
+        cute.arch.barrier_arrive(barrier_id=TURNS + 1 - consumer, number_of_threads=2 * GROUP)
+
+    def _multiplied(self, consumer) -> None:
+        """Until a stage has been multiplied; the other's instructions follow the last of these."""
+        if self.turns:
+            warpgroup.wait_group(1)
+            self._hand_over(consumer)
+        warpgroup.wait_group(0)
+
+    def _multiply(self, stages, state, a, b, accumulator, consumer=None) -> None:
+        """One stage into ``accumulator``, which begins from zero; in flight on return.
+
+        In turns, the last instruction is in a group of its own.
+        """
         ptx.stage_wait(stages, state)
+        if self.turns:
+            cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=2 * GROUP)
         warpgroup.fence()
         tiled_mma = self._mma()
         tiled_mma.set(warpgroup.Field.ACCUMULATE, False)
         for k in range(STEP // 32):
+            if self.turns and k == STEP // 32 - 1:
+                warpgroup.commit_group()
             left, right = a[(None, None, k, state.index)], b[(None, None, k, state.index)]
             cute.gemm(tiled_mma, accumulator, left, right, accumulator)
             tiled_mma.set(warpgroup.Field.ACCUMULATE, True)

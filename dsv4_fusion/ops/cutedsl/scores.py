@@ -8,6 +8,9 @@ warpgroup has two products, one of which is in the making while it sums the othe
 
 from __future__ import annotations
 
+import functools
+import math
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -23,7 +26,8 @@ from .scores_mxfp4 import LARGEST, exponent, powers, spread
 
 COLUMNS = 256  # heads of a block's queries, all together
 KEYS = 128  # of a stage, 64 for each of two warpgroups
-CHUNK = 2048  # keys of a piece of work
+FEWEST = 16  # stages of a piece of work, where there are as many
+EVEN, ROUNDS = 1.04, 4  # how much longer than others a processor may work; pieces that even out their own differences
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
 TURNS = 1  # the first of two named barriers
@@ -62,6 +66,7 @@ class Scores:
         # Where packed queries wait: 16 bytes, a word of scales, and a weight, each for the thread that will read it
         self.blocks = -(-COLUMNS * d // 32 // LAYING) * LAYING if packed else 0
         self.kept = -(-COLUMNS // LAYING) * LAYING if packed else 0
+        self.rows = LAYING * 32 // d  # of queries that are laid out together, a multiple of 8
         waiting = 20 * self.blocks + 4 * self.kept
         self.stages = min(6, (SHARED - 4096 - waiting - self.tiles_q * (per_q + 4 * COLUMNS)) // per_k)
         self.q_bytes, self.k_bytes = per_q + 4 * COLUMNS, per_k
@@ -78,6 +83,7 @@ class Scores:
         end: cute.Tensor | None,
         out: cute.Tensor,
         ratio: Int32,
+        per: Int32,
         processors: Int32,
         stream: cuda.CUstream,
     ):
@@ -108,10 +114,10 @@ class Scores:
 
         self.shared, self.dtype, self.result = Shared, dtype, out.element_type
         groups = (out.shape[0] + self.queries - 1) // self.queries
-        chunks = (out.shape[1] + CHUNK - 1) // CHUNK
+        chunks = (out.shape[1] + per * KEYS - 1) // (per * KEYS)
         self.kernel(
             tma_q, q_tma, tma_k, k_tma, tma_w, w_tma, q_scale, k_scale, start, end, out,
-            q_layout, k_layout, w_layout, groups, chunks, ratio,
+            q_layout, k_layout, w_layout, groups, chunks, per, ratio,
         ).launch(
             grid=[cutlass.min(groups * chunks, processors), 1, 1],
             block=[(1 + CONSUMERS) * GROUP, 1, 1],
@@ -148,6 +154,7 @@ class Scores:
         w_layout: cute.Layout,
         groups: Int32,
         chunks: Int32,
+        per: Int32,
         ratio: Int32,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -189,8 +196,8 @@ class Scores:
                 slot = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, SLOTS)
                 for turn in cutlass.range(0, rounds):
                     piece = _piece(turn, pieces, block, blocks)
-                    few, chunk = piece // chunks, piece % chunks
-                    first, last, low, high = self._visible(start, end, out.shape[0], length, few, chunk, ratio)
+                    few, stages = piece // chunks, self._stages(length, piece % chunks, per)
+                    first, last, low, high = self._visible(start, end, out.shape[0], length, few, stages, ratio)
                     if cutlass.const_expr(self.limits != "all"):
                         found.producer_acquire(slot)
                         self._leave(limits, slot.index, first, last, low, high)
@@ -224,8 +231,8 @@ class Scores:
                     q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                     for turn in cutlass.range(0, rounds):
                         piece = _piece(turn, pieces, block, blocks)
-                        few, chunk = piece // chunks, piece % chunks
-                        first, last, _, _ = self._visible(start, end, out.shape[0], length, few, chunk, ratio)
+                        few, stages = piece // chunks, self._stages(length, piece % chunks, per)
+                        first, last, _, _ = self._visible(start, end, out.shape[0], length, few, stages, ratio)
                         if first < last:
                             waiting = storage.waiting.data_ptr().toint()
                             self._bring(waiting, q, q_scale, weights, few, thread - 32)
@@ -258,10 +265,10 @@ class Scores:
             slot = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, SLOTS)
             for turn in cutlass.range(0, rounds):
                 piece = _piece(turn, pieces, block, blocks)
-                few, chunk = piece // chunks, piece % chunks
+                few, stages = piece // chunks, self._stages(length, piece % chunks, per)
                 if cutlass.const_expr(self.limits != "all"):
                     ptx.stage_wait(found, slot)
-                first, last, seen = self._limits(limits, slot.index, length, chunk, lane)
+                first, last, seen = self._limits(limits, slot.index, stages, lane)
                 if cutlass.const_expr(self.limits != "all"):
                     found.consumer_release(slot)
                     slot.advance()
@@ -329,11 +336,10 @@ class Scores:
                     q_stages.consumer_release(q_state)
                     q_state.advance()
                 # Keys that none of these queries sees
-                lowest, highest = self._stages(length, chunk)
-                for tile in cutlass.range(lowest, first):
+                for tile in cutlass.range(stages[0], first):
                     for part in cutlass.range_constexpr(self.parts):
                         self._store(where, None, None, part, tile * KEYS + mine)
-                for tile in cutlass.range(last, highest):
+                for tile in cutlass.range(last, stages[1]):
                     for part in cutlass.range_constexpr(self.parts):
                         self._store(where, None, None, part, tile * KEYS + mine)
             if cutlass.const_expr(self.parts == 1):  # noqa: SIM102 (as above)
@@ -361,15 +367,21 @@ class Scores:
             **options,
         )
 
+    def _laid(self, thread) -> tuple[Int32, Int32]:
+        """A thread's first column and its block: eight neighbours have different columns, and store without conflict."""
+        blocks = self.d // 32
+        return thread // (8 * blocks) * 8 + thread % 8, thread // 8 % blocks
+
     @cute.jit
     def _bring(self, waiting: Int32, q, q_scale, weights, few, thread):
         """Of MXFP4 queries what this thread will lay out, asynchronously: blocks of 32 dims, their scales, weights."""
-        blocks, last = self.d // 32, q.shape[0] - 1  # what is behind it is of no query
-        first = few * COLUMNS + thread // blocks
+        last = q.shape[0] - 1  # what is behind it is of no query
+        column, block = self._laid(thread)
+        first = few * COLUMNS + column
         for i in cutlass.range_constexpr(self.blocks // LAYING):
-            row = Int64(cutlass.min(first + i * (LAYING // blocks), last))
+            row = Int64(cutlass.min(first + i * self.rows, last))
             at = i * LAYING + thread
-            source = q.iterator.toint() + row * q.stride[0] + Int64(thread % blocks * 16)
+            source = q.iterator.toint() + row * q.stride[0] + Int64(block * 16)
             ptx.copy_async(waiting + 16 * at, source)
             scale = q_scale.iterator.toint() + row * q_scale.stride[0] * 4
             ptx.copy_async(waiting + (16 * self.blocks + 4 * at), scale, 4)
@@ -381,15 +393,13 @@ class Scores:
     @cute.jit
     def _lay_out(self, storage, waiting: Int32, s_w, tile, thread):
         """MXFP4 queries as bf16, where the product expects them, and their weights."""
-        blocks = self.d // 32
         shared = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
         for i in cutlass.range_constexpr(self.kept // LAYING):
             column = i * LAYING + thread
             (weight,) = ptx.load_shared(waiting + (20 * self.blocks + 4 * column), 1)
             if column < COLUMNS:
                 s_w[column, 0, tile] = ptx.real(weight)
-        rows = LAYING // blocks  # that all threads have together, a multiple of 8
-        column, block = thread // blocks, thread % blocks
+        column, block = self._laid(thread)
         to = []  # where the four pieces of 16 bytes go, of the first row
         for word in cutlass.range_constexpr(4):
             piece = block * 4 + word
@@ -399,8 +409,8 @@ class Scores:
             at = i * LAYING + thread
             packed = ptx.load_shared(waiting + 16 * at, 4)
             (scales,) = ptx.load_shared(waiting + (16 * self.blocks + 4 * at), 1)
-            if i * rows + column < COLUMNS:
-                self._lay_block(to, i * (rows * LINE), packed, scales, block)
+            if i * self.rows + column < COLUMNS:
+                self._lay_block(to, i * (self.rows * LINE), packed, scales, block)
 
     @cute.jit
     def _lay_block(self, to, behind, packed, scales, block):
@@ -426,15 +436,14 @@ class Scores:
         high = length if end is None else _within(Int64(end[query]), length)
         return low, high
 
-    def _stages(self, length, chunk):
+    def _stages(self, length, chunk, per):
         """All stages of a piece of work: from the first to before the last."""
-        per = CHUNK // KEYS
         return chunk * per, cutlass.min((chunk + 1) * per, (length + KEYS - 1) // KEYS)
 
     @cute.jit
-    def _visible(self, start, end, queries, length, few, chunk, ratio):
+    def _visible(self, start, end, queries, length, few, stages, ratio):
         """The stages of a piece of work in which some query sees a key, and the limits of the lane's query."""
-        first, last = self._stages(length, chunk)
+        first, last = stages
         low, high = Int32(0), length
         if cutlass.const_expr(self.limits != "all"):
             mine = cute.arch.lane_idx() % self.queries
@@ -461,14 +470,14 @@ class Scores:
         if here:
             limits[at] = value
 
-    def _limits(self, limits, slot, length, chunk, lane):
+    def _limits(self, limits, slot, stages, lane):
         """What :meth:`_leave` has left: the stages, and what the queries see whose sums this thread stores."""
         if self.limits == "all":
-            return *self._stages(length, chunk), [None] * self.parts
+            return *stages, [None] * self.parts
         slot = slot * self.slot
-        stages = [limits[slot + 2 * self.queries + i] for i in range(2)]
+        seen = [limits[slot + 2 * self.queries + i] for i in range(2)]
         at = [slot + part * self.own + self._query(lane) for part in range(self.parts)]
-        return *stages, [(limits[query], limits[query + self.queries]) for query in at]
+        return *seen, [(limits[query], limits[query + self.queries]) for query in at]
 
     # After :meth:`_sums` a thread has the sums of one query of a product, and of one key or of two that are 8 apart
 
@@ -593,6 +602,24 @@ def _one(fragment: cute.Tensor, index) -> cute.Tensor:
     return cute.make_tensor(own.iterator, cute.make_layout((value, 1, *others), stride=(stride, 0, *strides)))
 
 
+@functools.lru_cache(maxsize=256)
+def stages(queries: int, keys: int, heads: int, limited: bool, processors: int) -> int:
+    """Of a piece of work: as many as leave all processors about as much to do, since each piece has its queries loaded.
+
+    Args:
+        queries, keys: how many.
+        heads: of a query.
+        limited: queries see different keys.
+        processors: of the device.
+    """
+    groups, all_ = -(-queries * heads // COLUMNS), -(-keys // KEYS)
+    for chunks in range(1, -(-all_ // FEWEST) + 1):
+        rounds = groups * chunks / processors
+        if math.ceil(rounds) <= EVEN * rounds and (rounds >= ROUNDS or not limited):
+            break
+    return -(-all_ // chunks)
+
+
 def build(
     heads: int,
     d: int,
@@ -603,7 +630,7 @@ def build(
     arch: str = "",
     options: str = "",
 ):
-    """A compiled :class:`Scores`, called with its tensors, the ratio and the number of processors.
+    """A compiled :class:`Scores`, called with its tensors, the ratio, :func:`stages`, and the number of processors.
 
     Args:
         heads, d, limits: as there.
@@ -625,6 +652,7 @@ def build(
         *[None if index is None else launch.strided(index, queries) for index in indices],
         launch.tensor(result, queries, keys),
         Int32(4),
+        Int32(1),
         Int32(0),
         arch=arch,
         options=options,
