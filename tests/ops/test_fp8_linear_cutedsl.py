@@ -37,11 +37,13 @@ def test_small_products_fill_the_processors_once():
         assert fp8_linear.tile_of(1, outputs, False, SMS) == fp8_linear.Tile(64, columns, (1, 1), 16)
         assert fp8_linear.tile_of(64, outputs, True, SMS) == fp8_linear.Tile(64, columns, (1, 1), 64)
     assert fp8_linear.tile_of(1024, 1536, False, SMS) == fp8_linear.Tile(128, 96, (1, 1), 128)
-    assert fp8_linear.tile_of(4096, 4096, False, SMS) == LARGE
-    assert fp8_linear.tile_of(4096, 4096, True, SMS) == LARGE._replace(cluster=(1, 1))
+    for block in (False, True):
+        assert fp8_linear.tile_of(4096, 4096, block, SMS) == LARGE
+        assert fp8_linear.tile_of(128, 65536, block, SMS).cluster == (1, 1)
+    assert fp8_linear.tile_of(4096, 32768, False, SMS) == fp8_linear.Tile(128, 192, (2, 1), 128)
 
 
-LARGE = fp8_linear.Tile(128, 128, (2, 1), 128)
+LARGE = fp8_linear.Tile(128, 128, (1, 2), 128)  # pairs share x
 VARIANTS = [
     (fp8_linear.Tile(64, 16, (1, 1), 16), False, (FP32, FP32), None, BF16, False, True),
     (fp8_linear.Tile(64, 32, (1, 1), 64), False, (FP32, FP32), BF16, FP16),
@@ -49,7 +51,7 @@ VARIANTS = [
     (fp8_linear.Tile(64, 128, (1, 1), 64), True, (FP32, FP32), None, BF16, False, True),
     (fp8_linear.Tile(128, 64, (1, 1), 128), False, (BYTE, FP32), None, BF16),
     (LARGE, False, (FP32, FP32), BF16, BF16),
-    (LARGE._replace(cluster=(1, 1)), True, (FP32, FP32), None, BF16, True, True),
+    (LARGE, True, (FP32, FP32), None, BF16, True, True),
     (fp8_linear.Tile(128, 96, (1, 1), 128), True, (BYTE, BYTE), None, BF16),
     (fp8_linear.Tile(128, 160, (1, 1), 128), True, (FP32, FP32), BF16, BF16, True),
     (fp8_linear.Tile(128, 192, (1, 1), 128), False, (FP32, FP32), None, FP16),

@@ -26,9 +26,8 @@ STEP = 128  # k of a stage, and of a promotion
 GROUP = 128  # threads of a warpgroup
 SHARED = 227 * 1024
 BARRIERS = 1024  # bytes kept for them
-OVERLAP = 64  # columns
-STORES = 1  # the first of the named barriers of the warpgroups that store
-TURNS = 3  # and of those that multiply in turns
+OVERLAP = 128  # columns
+AHEAD = 64  # columns whose scales are loaded before they are needed
 WIDE = 8  # n tiles that are walked together, so that both operands stay in L2
 
 
@@ -65,7 +64,6 @@ class ScaledMM:
         self.span = columns if 128 % columns == 0 else math.gcd(columns, 128)  # columns with one block scale of w
         self.overlap = columns <= OVERLAP  # a second accumulator costs few registers, and hides a stage's latency
         self.consumers = rows // 64
-        self.turns = self.consumers == 2 and not self.overlap  # one multiplies while the other promotes
         self.threads = (1 + self.consumers) * GROUP
         self.piece = math.gcd(columns, 64)  # columns of one store
         self.pieces = columns // self.piece
@@ -240,37 +238,42 @@ class ScaledMM:
                 cute.arch.setmaxregister_decrease(40)
             if warp_index == 0:
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-                m, n = self._place(first, m_tiles, n_tiles, at)
-                begun = Int32(0)
+                begun = Int32(0)  # steps whose loads are under way
                 if cutlass.const_expr(not self.dependent):
                     cute.arch.griddepcontrol_wait()
                 else:
                     # w is there already: as many stages of it as there are, then what has to be waited for
-                    begun = cutlass.min(steps, Int32(self.stages))
+                    begun = cutlass.min(steps * ((tiles - 1 - first) // apart + 1), Int32(self.stages))
                     early = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-                    for step in cutlass.range(begun):
+                    own, next_ = first, Int32(0)
+                    for _ in cutlass.range(begun):
+                        _, n = self._place(own, m_tiles, n_tiles, at)
                         stages.producer_acquire(early)
                         barrier = stages.producer_get_barrier(early)
                         cute.copy(
-                            tma_w, from_w[(None, n, step)], to_w[(None, early.index)],
+                            tma_w, from_w[(None, n, next_)], to_w[(None, early.index)],
                             tma_bar_ptr=barrier, mcast_mask=w_mask,
                         )  # fmt: skip
                         early.advance()
+                        own, next_ = self._after(own, next_, steps, apart)
                     cute.arch.griddepcontrol_wait()
-                    for step in cutlass.range(begun):
+                    own, next_ = first, Int32(0)
+                    for _ in cutlass.range(begun):
+                        m, _ = self._place(own, m_tiles, n_tiles, at)
                         cute.copy(
-                            tma_x, from_x[(None, m, step)], to_x[(None, state.index)],
+                            tma_x, from_x[(None, m, next_)], to_x[(None, state.index)],
                             tma_bar_ptr=stages.producer_get_barrier(state), mcast_mask=x_mask,
                         )  # fmt: skip
                         if cutlass.const_expr(self.staged):
                             cute.copy(
-                                tma_s, from_s[(None, m, step)], to_s[(None, state.index)],
+                                tma_s, from_s[(None, m, next_)], to_s[(None, state.index)],
                                 tma_bar_ptr=stages.producer_get_barrier(state),
                             )  # fmt: skip
                         state.advance()
+                        own, next_ = self._after(own, next_, steps, apart)
                 for tile in cutlass.range(first, tiles, apart):
                     m, n = self._place(tile, m_tiles, n_tiles, at)
-                    for step in cutlass.range(begun, steps):
+                    for step in cutlass.range(cutlass.min(begun, steps), steps):
                         stages.producer_acquire(state)
                         barrier = stages.producer_get_barrier(state)
                         cute.copy(
@@ -284,7 +287,7 @@ class ScaledMM:
                         if cutlass.const_expr(self.staged):
                             cute.copy(tma_s, from_s[(None, m, step)], to_s[(None, state.index)], tma_bar_ptr=barrier)
                         state.advance()
-                    begun = Int32(0)
+                    begun = cutlass.max(begun - steps, Int32(0))
                 stages.producer_tail(state)
         else:
             if cutlass.const_expr(self.consumers > 1):
@@ -311,9 +314,6 @@ class ScaledMM:
             result = cute.make_rmem_tensor(shape, self.dtype)
             pieces = to_shared.retile(result)
             part = cute.make_rmem_tensor(cute.shape(d_out)[:3], self.dtype)
-            if cutlass.const_expr(self.turns):  # noqa: SIM102 (known when compiling, the next one when running)
-                if consumer == 1:
-                    self._hand_over(consumer)
 
             for tile in cutlass.range(first, tiles, apart):
                 m, n = self._place(tile, m_tiles, n_tiles, at)
@@ -324,7 +324,7 @@ class ScaledMM:
                 factors, down = None, None
                 if cutlass.const_expr(not self.blockwise):
                     down = [_real(x_scale[cutlass.min(row + 8 * i, out.shape[0] - 1)]) for i in range(2)]
-                if cutlass.const_expr(not self.blockwise and self.columns <= 128):  # beyond it, registers are short
+                if cutlass.const_expr(not self.blockwise and self.columns <= AHEAD):  # beyond it, registers are short
                     factors = self._columns(w_scale, out.shape[1], column)
                 if cutlass.const_expr(self.overlap):
                     self._multiply(stages, ahead, a, b, sums)
@@ -364,9 +364,9 @@ class ScaledMM:
                         self._promote(total, sums, scales)
                 elif cutlass.const_expr(self.staged or not self.blockwise):
                     for step in cutlass.range(steps):
-                        self._multiply(stages, state, a, b, sums, consumer)
+                        self._multiply(stages, state, a, b, sums)
                         scales = self._scales(where, step, state.index)
-                        self._multiplied(consumer)
+                        warpgroup.wait_group(0)
                         stages.consumer_release(state)
                         state.advance()
                         self._promote(total, sums, scales)
@@ -374,14 +374,14 @@ class ScaledMM:
                     scales = self._scales(where, Int32(0), None)
                     for step in cutlass.range(steps):
                         more = self._scales(where, cutlass.min(step + 1, steps - 1), None)
-                        self._multiply(stages, state, a, b, sums, consumer)
-                        self._multiplied(consumer)
+                        self._multiply(stages, state, a, b, sums)
+                        warpgroup.wait_group(0)
                         stages.consumer_release(state)
                         state.advance()
                         self._promote(total, sums, scales)
                         scales = more
 
-                if cutlass.const_expr(not self.blockwise and self.columns > 128):
+                if cutlass.const_expr(not self.blockwise and self.columns > AHEAD):
                     factors = self._columns(w_scale, out.shape[1], column)
                 terms = None
                 if cutlass.const_expr(self.bias):
@@ -391,13 +391,13 @@ class ScaledMM:
                 # The store of the tile before has to have read shared memory
                 if warp_index % 4 == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
-                cute.arch.barrier(barrier_id=STORES + consumer, number_of_threads=GROUP)
+                cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=GROUP)
                 for piece in cutlass.range_constexpr(self.pieces):
                     for value in cutlass.range_constexpr(cute.size(part)):
                         part[value] = pieces[piece * cute.size(part) + value]
                     cute.copy(to_shared, part, d_out[(None, None, None, consumer * self.pieces + piece)])
                 cute.arch.fence_proxy("async.shared", space="cta")
-                cute.arch.barrier(barrier_id=STORES + consumer, number_of_threads=GROUP)
+                cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=GROUP)
                 if warp_index % 4 == 0:
                     for piece in cutlass.range_constexpr(self.pieces):
                         cute.copy(
@@ -408,9 +408,6 @@ class ScaledMM:
                     cute.arch.cp_async_bulk_commit_group()
             if warp_index % 4 == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-            if cutlass.const_expr(self.turns):  # noqa: SIM102 (as above)
-                if consumer == 0:  # the other's last
-                    cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=2 * GROUP)
 
     def _place(self, tile, m_tiles, n_tiles, at):
         """This block's tile of m and of n: ``WIDE`` n tiles beside each other, all m tiles down, then the next."""
@@ -420,31 +417,18 @@ class ScaledMM:
         m, n = inside // width, band * WIDE + inside % width
         return m * self.cluster[0] + at[0], n * self.cluster[1] + at[1]
 
-    def _hand_over(self, consumer) -> None:
-        """To the other warpgroup, whose turn it is to multiply."""
-        cute.arch.barrier_arrive(barrier_id=TURNS + 1 - consumer, number_of_threads=2 * GROUP)
+    def _after(self, tile, step, steps, apart):
+        """A block's step of a tile after this one."""
+        last = step + 1 == steps
+        return Int32(cutlass.select_(last, tile + apart, tile)), Int32(cutlass.select_(last, Int32(0), step + 1))
 
-    def _multiplied(self, consumer) -> None:
-        """Until a stage has been multiplied; the other's instructions follow the last of these."""
-        if self.turns:
-            warpgroup.wait_group(1)
-            self._hand_over(consumer)
-        warpgroup.wait_group(0)
-
-    def _multiply(self, stages, state, a, b, accumulator, consumer=None) -> None:
-        """One stage into ``accumulator``, which begins from zero; in flight on return.
-
-        In turns, the last instruction is in a group of its own.
-        """
+    def _multiply(self, stages, state, a, b, accumulator) -> None:
+        """One stage into ``accumulator``, which begins from zero; in flight on return."""
         ptx.stage_wait(stages, state)
-        if self.turns:
-            cute.arch.barrier(barrier_id=TURNS + consumer, number_of_threads=2 * GROUP)
         warpgroup.fence()
         tiled_mma = self._mma()
         tiled_mma.set(warpgroup.Field.ACCUMULATE, False)
         for k in range(STEP // 32):
-            if self.turns and k == STEP // 32 - 1:
-                warpgroup.commit_group()
             left, right = a[(None, None, k, state.index)], b[(None, None, k, state.index)]
             cute.gemm(tiled_mma, accumulator, left, right, accumulator)
             tiled_mma.set(warpgroup.Field.ACCUMULATE, True)

@@ -25,11 +25,12 @@ from . import launch, ptx
 from .scores_mxfp4 import LARGEST, exponent, powers, spread
 
 COLUMNS = 256  # heads of a block's queries, all together
-KEYS = 128  # of a stage, 64 for each of two warpgroups
-FEWEST = 16  # stages of a piece of work, where there are as many
+KEYS = 128  # of a step, half for each of two warpgroups
+FEWEST = 16  # steps of a piece of work, where there are as many
 EVEN, ROUNDS = 1.04, 4  # how much longer than others a processor may work; pieces that even out their own differences
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
+PART = KEYS // CONSUMERS  # keys of a stage, which one of them takes
 TURNS = 1  # the first of two named barriers
 LAYING = 96  # threads that lay out MXFP4 queries
 SLOTS = 4  # pieces of work of which it is known ahead what is visible
@@ -62,13 +63,13 @@ class Scores:
         self.lines = d // self.line
         self.step = 32 // size  # of a matrix instruction
         self.tiles_q = 2  # queries of the work after this one are loaded meanwhile
-        per_q, per_k = COLUMNS * d * size, KEYS * d * size
+        per_q, per_k = COLUMNS * d * size, PART * d * size
         # Where packed queries wait: 16 bytes, a word of scales, and a weight, each for the thread that will read it
         self.blocks = -(-COLUMNS * d // 32 // LAYING) * LAYING if packed else 0
         self.kept = -(-COLUMNS // LAYING) * LAYING if packed else 0
         self.rows = LAYING * 32 // d  # of queries that are laid out together, a multiple of 8
         waiting = 20 * self.blocks + 4 * self.kept
-        self.stages = min(6, (SHARED - 4096 - waiting - self.tiles_q * (per_q + 4 * COLUMNS)) // per_k)
+        self.stages = min(12, (SHARED - 4096 - waiting - self.tiles_q * (per_q + 4 * COLUMNS)) // per_k)
         self.q_bytes, self.k_bytes = per_q + 4 * COLUMNS, per_k
 
     @cute.jit
@@ -88,7 +89,7 @@ class Scores:
         stream: cuda.CUstream,
     ):
         dtype = k.element_type
-        q_layout, k_layout = self._layout(dtype, COLUMNS, self.tiles_q), self._layout(dtype, KEYS, self.stages)
+        q_layout, k_layout = self._layout(dtype, COLUMNS, self.tiles_q), self._layout(dtype, PART, self.stages)
         w_layout = cute.make_layout((COLUMNS, 1, self.tiles_q), stride=(1, COLUMNS, COLUMNS))
         load = cpasync.CopyBulkTensorTileG2SOp()
         tma_q, q_tma, tma_w, w_tma = None, q, None, weights
@@ -99,7 +100,7 @@ class Scores:
             tma_w, w_tma = cpasync.make_tiled_tma_atom(
                 load, weights, cute.slice_(w_layout, (None, None, 0)), (COLUMNS, 1)
             )
-        tma_k, k_tma = cpasync.make_tiled_tma_atom(load, k, cute.slice_(k_layout, (None, None, 0)), (KEYS, self.line))
+        tma_k, k_tma = cpasync.make_tiled_tma_atom(load, k, cute.slice_(k_layout, (None, None, 0)), (PART, self.line))
 
         @cute.struct
         class Shared:
@@ -170,7 +171,7 @@ class Scores:
 
         storage = SmemAllocator().allocate(self.shared)
         q_stages = self._pipeline(storage.barriers_q, self.tiles_q, self.q_bytes, LAYING if self.packed else 0)
-        k_stages = self._pipeline(storage.barriers_k, self.stages, self.k_bytes, 0)
+        k_stages = self._pipeline(storage.barriers_k, self.stages, self.k_bytes, 0, 4)
         found = self._pipeline(storage.barriers_found, SLOTS, 0, 32)  # limits, by the warp that loads
         pipeline.pipeline_init_arrive(cluster_shape_mn=(1, 1), is_relaxed=True)
         s_q = storage.tile_q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
@@ -181,7 +182,7 @@ class Scores:
         if cutlass.const_expr(not self.packed):
             to_q, from_q = self._partition(tma_q, s_q, cute.local_tile(q, (COLUMNS, self.line), (None, None)), one)
             to_w, from_w = self._partition(tma_w, s_w, cute.local_tile(weights, (COLUMNS, 1), (None, None)), one)
-        to_k, from_k = self._partition(tma_k, s_k, cute.local_tile(k, (KEYS, self.line), (None, None)), one)
+        to_k, from_k = self._partition(tma_k, s_k, cute.local_tile(k, (PART, self.line), (None, None)), one)
         pipeline.pipeline_init_wait(cluster_shape_mn=(1, 1))
 
         length, pieces = out.shape[1], groups * chunks
@@ -196,8 +197,8 @@ class Scores:
                 slot = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, SLOTS)
                 for turn in cutlass.range(0, rounds):
                     piece = _piece(turn, pieces, block, blocks)
-                    few, stages = piece // chunks, self._stages(length, piece % chunks, per)
-                    first, last, low, high = self._visible(start, end, out.shape[0], length, few, stages, ratio)
+                    few, steps = piece // chunks, self._steps(length, piece % chunks, per)
+                    first, last, low, high = self._visible(start, end, out.shape[0], length, few, steps, ratio)
                     if cutlass.const_expr(self.limits != "all"):
                         found.producer_acquire(slot)
                         self._leave(limits, slot.index, first, last, low, high)
@@ -215,14 +216,15 @@ class Scores:
                             cute.copy(tma_w, from_w[(None, few, 0)], to_w[(None, q_state.index)], tma_bar_ptr=full)
                             q_state.advance()
                     for tile in cutlass.range(first, last):
-                        k_stages.producer_acquire(k_state)
-                        barrier = k_stages.producer_get_barrier(k_state)
-                        for line in cutlass.range_constexpr(self.lines):
-                            cute.copy(
-                                tma_k, from_k[(None, tile, line)], to_k[(None, k_state.index * self.lines + line)],
-                                tma_bar_ptr=barrier,
-                            )  # fmt: skip
-                        k_state.advance()
+                        for part in cutlass.range_constexpr(CONSUMERS):
+                            k_stages.producer_acquire(k_state)
+                            barrier = k_stages.producer_get_barrier(k_state)
+                            for line in cutlass.range_constexpr(self.lines):
+                                cute.copy(
+                                    tma_k, from_k[(None, tile * CONSUMERS + part, line)],
+                                    to_k[(None, k_state.index * self.lines + line)], tma_bar_ptr=barrier,
+                                )  # fmt: skip
+                            k_state.advance()
                 if cutlass.const_expr(not self.packed):
                     q_stages.producer_tail(q_state)
                 k_stages.producer_tail(k_state)
@@ -231,8 +233,8 @@ class Scores:
                     q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                     for turn in cutlass.range(0, rounds):
                         piece = _piece(turn, pieces, block, blocks)
-                        few, stages = piece // chunks, self._stages(length, piece % chunks, per)
-                        first, last, _, _ = self._visible(start, end, out.shape[0], length, few, stages, ratio)
+                        few, steps = piece // chunks, self._steps(length, piece % chunks, per)
+                        first, last, _, _ = self._visible(start, end, out.shape[0], length, few, steps, ratio)
                         if first < last:
                             waiting = storage.waiting.data_ptr().toint()
                             self._bring(waiting, q, q_scale, weights, few, thread - 32)
@@ -246,10 +248,10 @@ class Scores:
             cute.arch.setmaxregister_increase(216 if self.packed else 232)
             consumer, thread = group - 1, thread % GROUP
             lane = thread % 32
-            mine = consumer * 64 + (thread // 32) * 16 + lane // 4  # this thread's first key in a stage
+            mine = consumer * PART + (thread // 32) * 16 + lane // 4  # this thread's first key in a stage
             tiled_mma = self._mma()
             slice_ = tiled_mma.get_slice(0)
-            a = _one(tiled_mma.make_fragment_A(slice_.partition_A(s_k)), consumer)  # the 64 keys of this warpgroup
+            a = _one(tiled_mma.make_fragment_A(slice_.partition_A(s_k)), 0)
             b = tiled_mma.make_fragment_B(slice_.partition_B(s_q))
             b = [_one(b, part) for part in range(self.parts)]
             shape = tiled_mma.partition_shape_C((64, self.columns))
@@ -258,6 +260,9 @@ class Scores:
             q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.tiles_q)
             k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
             ahead = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+            if consumer == 1:  # every second stage is the other's
+                k_state.advance()
+                ahead.advance()
 
             if cutlass.const_expr(self.parts == 1):  # noqa: SIM102 (as above)
                 if consumer == 1:
@@ -265,10 +270,10 @@ class Scores:
             slot = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, SLOTS)
             for turn in cutlass.range(0, rounds):
                 piece = _piece(turn, pieces, block, blocks)
-                few, stages = piece // chunks, self._stages(length, piece % chunks, per)
+                few, steps = piece // chunks, self._steps(length, piece % chunks, per)
                 if cutlass.const_expr(self.limits != "all"):
                     ptx.stage_wait(found, slot)
-                first, last, seen = self._limits(limits, slot.index, stages, lane)
+                first, last, seen = self._limits(limits, slot.index, steps, lane)
                 if cutlass.const_expr(self.limits != "all"):
                     found.consumer_release(slot)
                     slot.advance()
@@ -291,6 +296,7 @@ class Scores:
                             warpgroup.wait_group(0)
                             k_stages.consumer_release(k_state)
                             k_state.advance()
+                            k_state.advance()
                             self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
                     # The assembler lets a product be in flight beside sums if no way leads past the loop, and one wait in
                     # it is for both; otherwise it waits after every instruction
@@ -302,6 +308,7 @@ class Scores:
                             scales = self._key_scales(k_scale, key, length, lane)
                             self._multiply(a, b[1], k_state.index, q_state.index, products[1])
                             ahead.advance()
+                            ahead.advance()
                             warpgroup.wait_group(0)
                             sums = self._sums(products[0], weight, 0, lane)
                             ptx.stage_wait(k_stages, ahead)
@@ -309,6 +316,7 @@ class Scores:
                             self._store(where, sums, scales, 0, key)
                             warpgroup.wait_group(1)
                             k_stages.consumer_release(k_state)
+                            k_state.advance()
                             k_state.advance()
                             self._store(where, self._sums(products[1], weight, 1, lane), scales, 1, key)
                         key = (last - 1) * KEYS + mine
@@ -318,6 +326,8 @@ class Scores:
                         sums = [self._sums(products[part], weight, part, lane) for part in range(2)]
                         k_stages.consumer_release(k_state)
                         k_state.advance()
+                        k_state.advance()
+                        ahead.advance()
                         ahead.advance()
                         for part in cutlass.range_constexpr(2):
                             self._store(where, sums[part], scales, part, key)
@@ -330,16 +340,18 @@ class Scores:
                         warpgroup.wait_group(0)
                         k_stages.consumer_release(k_state)
                         k_state.advance()
+                        k_state.advance()
+                        ahead.advance()
                         ahead.advance()
                         for part in cutlass.range_constexpr(2):
                             self._store(where, self._sums(products[part], weight, part, lane), scales, part, key)
                     q_stages.consumer_release(q_state)
                     q_state.advance()
                 # Keys that none of these queries sees
-                for tile in cutlass.range(stages[0], first):
+                for tile in cutlass.range(steps[0], first):
                     for part in cutlass.range_constexpr(self.parts):
                         self._store(where, None, None, part, tile * KEYS + mine)
-                for tile in cutlass.range(last, stages[1]):
+                for tile in cutlass.range(last, steps[1]):
                     for part in cutlass.range_constexpr(self.parts):
                         self._store(where, None, None, part, tile * KEYS + mine)
             if cutlass.const_expr(self.parts == 1):  # noqa: SIM102 (as above)
@@ -350,9 +362,9 @@ class Scores:
         """To the other warpgroup, whose turn it is to multiply."""
         cute.arch.barrier_arrive(barrier_id=TURNS + 1 - consumer, number_of_threads=CONSUMERS * GROUP)
 
-    def _pipeline(self, barriers, count: int, size: int, threads: int):
-        """Filled by TMA, or by so many threads."""
-        create, consumers, options = pipeline.PipelineTmaAsync.create, CONSUMERS * 4, {}
+    def _pipeline(self, barriers, count: int, size: int, threads: int, consumers: int = CONSUMERS * 4):
+        """Filled by TMA, and released by so many warps; or filled by threads."""
+        create, options = pipeline.PipelineTmaAsync.create, {}
         if threads:
             create, producers, consumers = pipeline.PipelineAsync.create, threads, CONSUMERS * GROUP
         else:
@@ -436,14 +448,14 @@ class Scores:
         high = length if end is None else _within(Int64(end[query]), length)
         return low, high
 
-    def _stages(self, length, chunk, per):
-        """All stages of a piece of work: from the first to before the last."""
+    def _steps(self, length, chunk, per):
+        """All steps of a piece of work: from the first to before the last."""
         return chunk * per, cutlass.min((chunk + 1) * per, (length + KEYS - 1) // KEYS)
 
     @cute.jit
-    def _visible(self, start, end, queries, length, few, stages, ratio):
-        """The stages of a piece of work in which some query sees a key, and the limits of the lane's query."""
-        first, last = stages
+    def _visible(self, start, end, queries, length, few, steps, ratio):
+        """The steps of a piece of work in which some query sees a key, and the limits of the lane's query."""
+        first, last = steps
         low, high = Int32(0), length
         if cutlass.const_expr(self.limits != "all"):
             mine = cute.arch.lane_idx() % self.queries
@@ -470,10 +482,10 @@ class Scores:
         if here:
             limits[at] = value
 
-    def _limits(self, limits, slot, stages, lane):
-        """What :meth:`_leave` has left: the stages, and what the queries see whose sums this thread stores."""
+    def _limits(self, limits, slot, steps, lane):
+        """What :meth:`_leave` has left: the steps, and what the queries see whose sums this thread stores."""
         if self.limits == "all":
-            return *stages, [None] * self.parts
+            return *steps, [None] * self.parts
         slot = slot * self.slot
         seen = [limits[slot + 2 * self.queries + i] for i in range(2)]
         at = [slot + part * self.own + self._query(lane) for part in range(self.parts)]
@@ -603,7 +615,7 @@ def _one(fragment: cute.Tensor, index) -> cute.Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def stages(queries: int, keys: int, heads: int, limited: bool, processors: int) -> int:
+def steps(queries: int, keys: int, heads: int, limited: bool, processors: int) -> int:
     """Of a piece of work: as many as leave all processors about as much to do, since each piece has its queries loaded.
 
     Args:
@@ -630,7 +642,7 @@ def build(
     arch: str = "",
     options: str = "",
 ):
-    """A compiled :class:`Scores`, called with its tensors, the ratio, :func:`stages`, and the number of processors.
+    """A compiled :class:`Scores`, called with its tensors, the ratio, :func:`steps`, and the number of processors.
 
     Args:
         heads, d, limits: as there.
