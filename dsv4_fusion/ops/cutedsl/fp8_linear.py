@@ -39,7 +39,8 @@ def tile(rows: int, outputs: int, block: bool, processors: int) -> Tile:
     """The one with which all are computed soonest, for so many rows of 64 tokens.
 
     Tiles whose columns have more than one block scale are half as quick, and left out with ``block`` scales. Large
-    ones share loads in pairs: those of x, or with more columns those of w, which saves 5 %.
+    ones share loads in pairs: those of x, or with more columns those of w, which saves 5 %; with block scales only if
+    there are many.
     """
 
     def clocks(one: tuple[int, int]) -> int:
@@ -48,7 +49,7 @@ def tile(rows: int, outputs: int, block: bool, processors: int) -> Tile:
 
     high, columns = min((one for one in CLOCKS if not block or 128 % one[1] == 0), key=clocks)
     cluster = (1, 1)
-    if high == 128 and columns >= 128 and rows > 2:
+    if high == 128 and columns >= 128 and rows > (32 if block else 2):
         cluster = (1, 2) if columns == 128 else (2, 1)
     return Tile(high, columns, cluster, high)
 

@@ -70,6 +70,10 @@ class Scores:
         self.rows = LAYING * 32 // d  # of queries that are laid out together, a multiple of 8
         waiting = 20 * self.blocks + 4 * self.kept
         self.stages = min(12, (SHARED - 4096 - waiting - self.tiles_q * (per_q + 4 * COLUMNS)) // per_k)
+        # Keys are released before sums are made, which takes registers that other models' limits need
+        self.early = limits == "all" or (heads, d) == (64, 128)
+        # Of a thread that loads or lays out, and of one that multiplies
+        self.registers = (40, 232) if not packed else (48, 232) if limits == "all" else (64, 224)
         self.q_bytes, self.k_bytes = per_q + 4 * COLUMNS, per_k
 
     @cute.jit
@@ -188,7 +192,7 @@ class Scores:
         length, pieces = out.shape[1], groups * chunks
         rounds = _rounds(pieces, block, blocks)
         if group == 0:
-            cute.arch.setmaxregister_decrease(72 if self.packed else 40)
+            cute.arch.setmaxregister_decrease(self.registers[0])
             if warp_index == 0:
                 if cutlass.const_expr(self.packed):
                     cute.arch.griddepcontrol_wait()  # for the kernel that expands the keys
@@ -245,7 +249,7 @@ class Scores:
                             q_stages.producer_commit(q_state)
                             q_state.advance()
         else:
-            cute.arch.setmaxregister_increase(216 if self.packed else 232)
+            cute.arch.setmaxregister_increase(self.registers[1])
             consumer, thread = group - 1, thread % GROUP
             lane = thread % 32
             mine = consumer * PART + (thread // 32) * 16 + lane // 4  # this thread's first key in a stage
@@ -297,7 +301,12 @@ class Scores:
                             k_stages.consumer_release(k_state)
                             k_state.advance()
                             k_state.advance()
-                            self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
+                            if cutlass.const_expr(self.early):
+                                # Always; in another basic block the sums are not made ahead of that release
+                                if key >= 0:
+                                    self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
+                            else:
+                                self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
                     # The assembler lets a product be in flight beside sums if no way leads past the loop, and one wait in
                     # it is for both; otherwise it waits after every instruction
                     elif first + 1 < last:
