@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -36,6 +37,21 @@ VARIANTS = [
     (64, 128, MXFP4, "causal", (None, INT64), FP32),
     (32, 64, MXFP4, "all", (None, None), FP32),
 ]
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_pieces_of_work_are_even(limited):
+    """As long as they can be, since each has its queries loaded, or as short as they may get."""
+    for queries, keys in ((1, 1), (1, 131072), (528, 8192), (600, 131072), (4096, 1024), (4096, 8192), (8192, 32768)):
+        per = ragged_kernel.steps(queries, keys, 64, limited, 132)
+        steps, groups = -(-keys // ragged_kernel.KEYS), -(-queries // 4)
+        chunks = -(-steps // per)
+        rounds = groups * chunks / 132
+        even = math.ceil(rounds) <= ragged_kernel.EVEN * rounds and (rounds >= ragged_kernel.ROUNDS or not limited)
+        assert 1 <= per <= steps
+        assert even or per <= ragged_kernel.FEWEST, (queries, keys, per)
+        assert chunks == 1 or per <= steps // 2 + 1
+    assert ragged_kernel.steps(4096, 8192, 64, limited, 132) == 64  # every query is loaded once
 
 
 PAGED = [  # heads, d, queries' dtype, queries, page size, dtypes of table and lengths, a length a query, result

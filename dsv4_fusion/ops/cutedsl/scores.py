@@ -22,7 +22,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from . import launch, ptx
-from .scores_mxfp4 import LARGEST, exponent, powers, spread
+from .scores_mxfp4 import LAYING, LINE, Queries
 
 COLUMNS = 256  # heads of a block's queries, all together
 KEYS = 128  # of a step, half for each of two warpgroups
@@ -32,9 +32,7 @@ GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
 PART = KEYS // CONSUMERS  # keys of a stage, which one of them takes
 TURNS = 1  # the first of two named barriers
-LAYING = 96  # threads that lay out MXFP4 queries
 SLOTS = 4  # pieces of work of which it is known ahead what is visible
-LINE = 128  # bytes of a row that lie together in shared memory
 SHARED = 227 * 1024
 MINUS_INFINITY = 0xFF800000
 
@@ -64,11 +62,8 @@ class Scores:
         self.step = 32 // size  # of a matrix instruction
         self.tiles_q = 2  # queries of the work after this one are loaded meanwhile
         per_q, per_k = COLUMNS * d * size, PART * d * size
-        # Where packed queries wait: 16 bytes, a word of scales, and a weight, each for the thread that will read it
-        self.blocks = -(-COLUMNS * d // 32 // LAYING) * LAYING if packed else 0
-        self.kept = -(-COLUMNS // LAYING) * LAYING if packed else 0
-        self.rows = LAYING * 32 // d  # of queries that are laid out together, a multiple of 8
-        waiting = 20 * self.blocks + 4 * self.kept
+        self.laying = Queries(COLUMNS, d) if packed else None
+        waiting = self.laying.bytes if packed else 0
         self.stages = min(12, (SHARED - 4096 - waiting - self.tiles_q * (per_q + 4 * COLUMNS)) // per_k)
         # Keys are released before sums are made, which takes registers that other models' limits need
         self.early = limits == "all" or (heads, d) == (64, 128)
@@ -115,7 +110,7 @@ class Scores:
             tile_k: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(k_layout)], 1024]
             tile_w: cute.struct.Align[cute.struct.MemRange[Float32, COLUMNS * self.tiles_q], 128]
             limits: cute.struct.MemRange[Int32, SLOTS * self.slot]
-            waiting: cute.struct.Align[cute.struct.MemRange[Uint32, 5 * self.blocks + self.kept], 16]
+            waiting: cute.struct.Align[cute.struct.MemRange[cutlass.Uint8, self.laying.bytes if self.packed else 0], 16]
 
         self.shared, self.dtype, self.result = Shared, dtype, out.element_type
         groups = (out.shape[0] + self.queries - 1) // self.queries
@@ -241,10 +236,11 @@ class Scores:
                         first, last, _, _ = self._visible(start, end, out.shape[0], length, few, steps, ratio)
                         if first < last:
                             waiting = storage.waiting.data_ptr().toint()
-                            self._bring(waiting, q, q_scale, weights, few, thread - 32)
+                            self.laying.bring(waiting, q, q_scale, weights, few, thread - 32)
                             q_stages.producer_acquire(q_state)
                             ptx.wait_for_copies()
-                            self._lay_out(storage, waiting, s_w, q_state.index, thread - 32)
+                            tile_q = storage.tile_q.data_ptr()
+                            self.laying.lay_out(waiting, tile_q, s_w, q_state.index, thread - 32)
                             cute.arch.fence_view_async_shared()
                             q_stages.producer_commit(q_state)
                             q_state.advance()
@@ -307,8 +303,8 @@ class Scores:
                                     self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
                             else:
                                 self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
-                    # The assembler lets a product be in flight beside sums if no way leads past the loop, and one wait in
-                    # it is for both; otherwise it waits after every instruction
+                    # The assembler lets a product be in flight beside sums if no way leads past the loop, and one wait
+                    # in it is for both; otherwise it waits after every instruction
                     elif first + 1 < last:
                         ptx.stage_wait(k_stages, k_state)
                         self._multiply(a, b[0], k_state.index, q_state.index, products[0])
@@ -387,63 +383,6 @@ class Scores:
             defer_sync=True,
             **options,
         )
-
-    def _laid(self, thread) -> tuple[Int32, Int32]:
-        """A thread's first column and its block: eight neighbours have different columns, and store without conflict."""
-        blocks = self.d // 32
-        return thread // (8 * blocks) * 8 + thread % 8, thread // 8 % blocks
-
-    @cute.jit
-    def _bring(self, waiting: Int32, q, q_scale, weights, few, thread):
-        """Of MXFP4 queries what this thread will lay out, asynchronously: blocks of 32 dims, their scales, weights."""
-        last = q.shape[0] - 1  # what is behind it is of no query
-        column, block = self._laid(thread)
-        first = few * COLUMNS + column
-        for i in cutlass.range_constexpr(self.blocks // LAYING):
-            row = Int64(cutlass.min(first + i * self.rows, last))
-            at = i * LAYING + thread
-            source = q.iterator.toint() + row * q.stride[0] + Int64(block * 16)
-            ptx.copy_async(waiting + 16 * at, source)
-            scale = q_scale.iterator.toint() + row * q_scale.stride[0] * 4
-            ptx.copy_async(waiting + (16 * self.blocks + 4 * at), scale, 4)
-        for i in cutlass.range_constexpr(self.kept // LAYING):
-            column = i * LAYING + thread
-            row = Int64(cutlass.min(few * COLUMNS + column, last))
-            ptx.copy_async(waiting + (20 * self.blocks + 4 * column), weights.iterator.toint() + row * 4, 4)
-
-    @cute.jit
-    def _lay_out(self, storage, waiting: Int32, s_w, tile, thread):
-        """MXFP4 queries as bf16, where the product expects them, and their weights."""
-        shared = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
-        for i in cutlass.range_constexpr(self.kept // LAYING):
-            column = i * LAYING + thread
-            (weight,) = ptx.load_shared(waiting + (20 * self.blocks + 4 * column), 1)
-            if column < COLUMNS:
-                s_w[column, 0, tile] = ptx.real(weight)
-        column, block = self._laid(thread)
-        to = []  # where the four pieces of 16 bytes go, of the first row
-        for word in cutlass.range_constexpr(4):
-            piece = block * 4 + word
-            line = (tile * self.lines + piece // 8) * COLUMNS + column
-            to.append(shared + (line * LINE + (piece % 8 ^ column % 8) * 16))
-        for i in cutlass.range(0, self.blocks // LAYING, unroll=2):
-            at = i * LAYING + thread
-            packed = ptx.load_shared(waiting + 16 * at, 4)
-            (scales,) = ptx.load_shared(waiting + (16 * self.blocks + 4 * at), 1)
-            if i * self.rows + column < COLUMNS:
-                self._lay_block(to, i * (self.rows * LINE), packed, scales, block)
-
-    @cute.jit
-    def _lay_block(self, to, behind, packed, scales, block):
-        pairs = cute.make_rmem_tensor((16,), Uint32)
-        for word in cutlass.range_constexpr(4):
-            for i, pair in enumerate(spread(packed[word])):
-                pairs[word * 4 + i] = ptx.pair_mul(pair, powers(scales, block)[0])
-        if exponent(scales, block) > Uint32(LARGEST):
-            for i in cutlass.range_constexpr(16):
-                pairs[i] = ptx.pair_mul(pairs[i], powers(scales, block)[1])
-        for word in cutlass.range_constexpr(4):
-            ptx.store_shared(to[word] + behind, [pairs[word * 4 + i] for i in range(4)])
 
     def _partition(self, atom, shared, source, layout):
         return cpasync.tma_partition(atom, 0, layout, cute.group_modes(shared, 0, 2), cute.group_modes(source, 0, 2))

@@ -23,8 +23,8 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from . import launch, ptx
-from .scores import GROUP, LINE, MINUS_INFINITY, SHARED, _choose, _within
-from .scores_mxfp4 import LARGEST, expand, exponent, powers, spread
+from .scores import GROUP, MINUS_INFINITY, SHARED, _choose, _within
+from .scores_mxfp4 import LARGEST, LINE, expand, exponent, powers, spread
 
 KEYS = 64  # of a stage: a page, some neighbours, or a part of one; one warpgroup takes them
 COLUMNS = 128  # of a product, at most: the heads of some queries of a sequence
@@ -485,9 +485,7 @@ class PagedScores:
         """64 keys, from the moment they have arrived."""
         lane = to[-1]
         if self.fp8:
-            scales = [
-                ptx.load_shared(storage.scales.data_ptr() + (stage * KEYS + own + 8 * i), 1)[0] for i in range(2)
-            ]
+            scales = [ptx.load_shared(storage.scales.data_ptr() + (stage * KEYS + own + 8 * i), 1)[0] for i in range(2)]
             found = ptx.load_shared(storage.found.data_ptr() + stage, 1)[0]
         else:
             words, scales, found = self._take(storage, own, stage, lane)
@@ -601,7 +599,7 @@ class PagedScores:
         return [Int32(turn * self.share + second + i) for turn in range(self.passes) for i in range(count)]
 
     def _row(self, to, i: int) -> tuple:
-        """Of one of this thread's queries: before which keys it sees, its scores, how many, and if this thread stores."""
+        """Of one of this thread's queries: before which keys it sees, its scores, how many, and if they are stored."""
         ends, starts, length, lane = to
         return ends[i], starts[i], length, (lane >> 1 & 1 == 0) if self.share % 2 == 1 else True
 
