@@ -74,35 +74,38 @@ class MXFP4Rows(Rows):
         self.ties_to_even, self.convert = ties_to_even, convert and ties_to_even
 
     def quantise(self, row: list[list[Uint32]], lane: Int32, floor: Float32) -> tuple[list[list[Uint32]], Uint32]:
-        """A word of eight nibbles for every chunk, and the row's UE8M0 bytes, the same in all lanes.
+        """A word of eight nibbles for every chunk, and the row's UE8M0 bytes, the same in the lower four lanes.
 
-        A block of 32 is one chunk of four lanes: the lower four have blocks 0 and 2, the upper four 1 and 3.
+        A block of 32 is one chunk of four lanes: the lower four have blocks 0 and 2, the upper four 1 and 3. What is
+        found out for the two blocks of a lane stands side by side in the halves of a word.
         """
         magnitudes = [[word & Uint32(MAGNITUDES) for word in words] for words in row]
         tops = [largest(words, ptx.pair_max) for words in magnitudes]
-        # The maxima of the chunks side by side in one word: half as many shuffles
         first, last = tops[0], tops[-1]
         pair = ptx.pair_max(ptx.permute(first, last, 0x5410), ptx.permute(first, last, 0x7632))
         for distance in (1, 2):
             pair = ptx.pair_max(pair, across(pair, distance))
-        packed, scales = [], Uint32(0)
+        # amax / 6 = amax / 1.5 / 2^2, as in FP8Rows; the larger of two numbers has the larger exponent, or the same.
+        # Above it, in units of a bf16's exponent: this one and 2
+        least = ((ptx.bits(floor) + Uint32(0x3FFFFF)) >> Uint32(23)) << Uint32(7)
+        above = (pair + Uint32(ptx.both(0x3F))) & Uint32(ptx.both(0x7F80))
+        above = ptx.integers_max(above, least | (least << Uint32(16)))
+        inverse = Uint32(ptx.both(0x8000)) - above  # 254 - exponent: below 256, and above 0
+        scales = ((above - Uint32(ptx.both(0x100))) >> Uint32(7)) & Uint32(ptx.both(0xFF))
+        packed = []
         for chunk, words in enumerate(row):
-            amax = pair << Uint32(16) if chunk == 0 else pair & Uint32(0xFFFF0000)
-            finite = amax < Uint32(INFINITY << 16)
-            limited = ptx.maximum(ptx.real(amax), floor)
-            # amax / 6 = amax / 1.5 / 2^2, as in FP8Rows
-            exponent = ((ptx.bits(limited) + Uint32(0x3FFFFF)) >> Uint32(23)) - Uint32(2)
-            inverse = (Uint32(254) - exponent) << Uint32(7)
-            inverse = inverse | (inverse << Uint32(16))
+            finite = pair < Uint32(INFINITY << 16) if chunk else (pair << Uint32(16)) < Uint32(INFINITY << 16)
+            factor = ptx.permute(inverse, inverse, 0x3232 if chunk else 0x1010)
             if self.convert:
-                scaled = [x for word in words for x in ptx.unpack(ptx.pair_mul(word, inverse))]
+                scaled = [x for word in words for x in ptx.unpack(ptx.pair_mul(word, factor))]
                 codes = ptx.pack_e2m1(scaled)
             else:
-                codes = self._round(magnitudes[chunk], inverse, words)
+                codes = self._round(magnitudes[chunk], factor, words)
             packed.append([ptx.select(finite, codes, Uint32(0))])
-            scales = scales | (ptx.select(finite, exponent, Uint32(255)) << Uint32(16 * chunk))
-        shift = Uint32(lane * 2) & Uint32(8)
-        return packed, (scales << shift) | (across(scales, 4) << (Uint32(8) - shift))
+            scales = ptx.select(finite, scales, scales | Uint32(0xFF << 16 * chunk))
+        if len(row) == 1:
+            scales = scales & Uint32(0xFF)
+        return packed, scales | (across(scales, 4) << Uint32(8))
 
     def _round(self, magnitudes: list[Uint32], inverse: Uint32, signs: list[Uint32]) -> Uint32:
         """Eight nibbles: magnitudes times ``inverse`` (at most 6) in E2M1, and the signs of the values they come from.

@@ -198,6 +198,11 @@ def pair_min(a: Uint32, b: Uint32) -> Uint32:
     return _pair("min.bf16x2", a, b)
 
 
+def integers_max(a: Uint32, b: Uint32) -> Uint32:
+    """Elementwise max of unsigned integers of 16 bits."""
+    return _word("max.u16x2 {$w0}, {$r0}, {$r1};", a, b)
+
+
 def pair_mul(a: Uint32, b: Uint32 | int) -> Uint32:
     return _pair("mul.rn.bf16x2", a, b)
 
