@@ -16,6 +16,7 @@ pytest.importorskip("triton")  # its wheel has the disassembler
 import triton
 
 from dsv4_fusion.ops.cutedsl import fp8_linear, scaled_mm
+from tests.ops.test_indexer_scores_cutedsl import registers_suffice
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FP32, BYTE, BF16, FP16 = torch.float32, torch.uint8, torch.bfloat16, torch.float16
@@ -41,6 +42,16 @@ def test_small_products_fill_the_processors_once():
         assert fp8_linear.tile_of(4096, 4096, block, SMS) == LARGE
         assert fp8_linear.tile_of(128, 65536, block, SMS).cluster == (1, 1)
     assert fp8_linear.tile_of(4096, 32768, False, SMS) == fp8_linear.Tile(128, 192, (2, 1), 128)
+
+
+@pytest.mark.parametrize("scaling", ["token", "tensor", "block"])
+def test_a_copied_weight_is_not_loaded_early(scaling):
+    """The product begins while the quantiser runs; a copy that is made between them would not be there yet."""
+    linear = fp8_linear.Linear()
+    weight = torch.zeros(64 * 128 + 1, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    as_it_is, copied = weight[:-1].view(64, 128), weight[1:].view(64, 128)
+    assert linear.product_of(as_it_is, scaling).dependent == (scaling != "tensor")
+    assert not linear.product_of(copied, scaling).dependent
 
 
 LARGE = fp8_linear.Tile(128, 128, (1, 2), 128)  # pairs share x
@@ -75,3 +86,4 @@ def test_compiles_for_sm90(variant, tmp_path):
     assert sass.count("QGMMA") == 4 * copies
     assert sass.count("WARPGROUP.DEPBAR") == copies + (copies > 1)
     assert not re.search(r"\b(STL|LDL)\b", sass)
+    assert tile.rows == 64 or registers_suffice(sass, usage.stdout + usage.stderr, 3)

@@ -62,14 +62,22 @@ PAGED = [  # heads, d, queries' dtype, queries, page size, dtypes of table and l
 ]
 
 
-def disassembled(module, variant: tuple, folder: Path) -> str:
-    """The machine code; nothing of it is in local memory."""
+def registers_suffice(sass: str, usage: str, groups: int) -> bool:
+    """Whether ``groups`` warpgroups have the registers that all but the first wait for: else they wait for ever."""
+    began = int(re.search(r"REG:(\d+)", usage).group(1))
+    few, many = (int(x, 16) for x in re.findall(r"USETMAXREG\S+ (?:UP0, )?(0x[0-9a-f]+)", sass))
+    return few + (groups - 1) * many <= groups * began
+
+
+def disassembled(module, variant: tuple, folder: Path, groups: int = 0) -> str:
+    """The machine code; nothing of it is in local memory, and ``groups`` warpgroups, if any, share their registers."""
     module.build(*variant, arch="sm_90a", options=f"--keep-cubin --dump-dir {folder}")
     (cubin,) = folder.glob("*.cubin")
     usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True)
     assert "STACK:0" in usage.stdout + usage.stderr
     sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     assert not re.search(r"\b(STL|LDL)\b", sass)
+    assert groups == 0 or registers_suffice(sass, usage.stdout + usage.stderr, groups)
     return sass
 
 
@@ -84,7 +92,7 @@ def test_the_expansion_of_keys_compiles_for_sm90(d, tmp_path):
 def test_compiles_for_sm90(variant, tmp_path):
     """The tensor cores have more to do when a warpgroup begins to sum, and relu and weight are two instructions."""
     heads, d, dtype, *_ = variant
-    sass = disassembled(ragged_kernel, variant, tmp_path)
+    sass = disassembled(ragged_kernel, variant, tmp_path, 1 + ragged_kernel.CONSUMERS)
     assert ("ACQBULK" in sass) == (dtype == MXFP4)  # which waits for its keys
     steps = d // (32 if dtype == FP8 else 16)
     order = re.findall(r"\b([QH]GMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR|BAR\.ARV)\b", sass)
@@ -116,7 +124,7 @@ def test_pages_compile_for_sm90(variant, tmp_path):
     kernel = paged_kernel.PagedScores(heads, d, dtype == FP8, queries, page, each)
     assert kernel.stages * paged_kernel.KEYS * kernel.row >= 48 * 1024
     assert kernel.stages % kernel.consumers == 0
-    sass = disassembled(paged_kernel, variant, tmp_path)
+    sass = disassembled(paged_kernel, variant, tmp_path, 1 + kernel.consumers)
     order = re.findall(r"\b([QH]GMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR)\b", sass)
     if dtype == FP8:
         turn = ["WARPGROUP.ARRIVE"] + ["QGMMA"] * (d // 32) + ["WARPGROUP.DEPBAR"]

@@ -195,6 +195,13 @@ class Linear:
         for one in tiles(wq.shape[0], is_block(wq, w_scale), _processors(wq.device)):
             _begin(*self.product.key(one, wq, torch.float32, w_scale, bias, out_dtype or x.dtype))
 
+    def product_of(self, wq: Tensor, scaling: str) -> Product:
+        """The one that loads w early, but not what a kernel just ahead of it makes: a copy of w.
+
+        With one scale for all of x the quantiser lets nothing begin before it has ended.
+        """
+        return self.product if scaling != "tensor" and _matrix(wq) is None else scaled_mm_fp8
+
     def bind(
         self, x, wq, w_scale, bias=None, *,
         scaling=None, scale_rounding="none", amax_floor=1e-4, out_dtype=None, **_,
@@ -202,9 +209,7 @@ class Linear:
         from ..triton.fp8_linear import quantise_rows
 
         scaling = scaling or ("block" if is_block(wq, w_scale) else "token")
-        # A copy of w is made just ahead of the product, which may then not load it early
-        early = scaling != "tensor" and _matrix(wq) is None
-        product = self.product if early else scaled_mm_fp8
+        product = self.product_of(wq, scaling)
         chosen = tile_of(math.prod(x.shape[:-1]), wq.shape[0], is_block(wq, w_scale), _processors(x.device))
         quantise = (scaling, scale_rounding, amax_floor, chosen.rows == STAGED)
         xq, x_scale = quantise_rows(x, *quantise)

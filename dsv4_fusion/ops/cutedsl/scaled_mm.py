@@ -238,42 +238,37 @@ class ScaledMM:
                 cute.arch.setmaxregister_decrease(40)
             if warp_index == 0:
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-                begun = Int32(0)  # steps whose loads are under way
+                m, n = self._place(first, m_tiles, n_tiles, at)
+                begun = Int32(0)
                 if cutlass.const_expr(not self.dependent):
                     cute.arch.griddepcontrol_wait()
                 else:
                     # w is there already: as many stages of it as there are, then what has to be waited for
-                    begun = cutlass.min(steps * ((tiles - 1 - first) // apart + 1), Int32(self.stages))
+                    begun = cutlass.min(steps, Int32(self.stages))
                     early = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-                    own, next_ = first, Int32(0)
-                    for _ in cutlass.range(begun):
-                        _, n = self._place(own, m_tiles, n_tiles, at)
+                    for step in cutlass.range(begun):
                         stages.producer_acquire(early)
                         barrier = stages.producer_get_barrier(early)
                         cute.copy(
-                            tma_w, from_w[(None, n, next_)], to_w[(None, early.index)],
+                            tma_w, from_w[(None, n, step)], to_w[(None, early.index)],
                             tma_bar_ptr=barrier, mcast_mask=w_mask,
                         )  # fmt: skip
                         early.advance()
-                        own, next_ = self._after(own, next_, steps, apart)
                     cute.arch.griddepcontrol_wait()
-                    own, next_ = first, Int32(0)
-                    for _ in cutlass.range(begun):
-                        m, _ = self._place(own, m_tiles, n_tiles, at)
+                    for step in cutlass.range(begun):
                         cute.copy(
-                            tma_x, from_x[(None, m, next_)], to_x[(None, state.index)],
+                            tma_x, from_x[(None, m, step)], to_x[(None, state.index)],
                             tma_bar_ptr=stages.producer_get_barrier(state), mcast_mask=x_mask,
                         )  # fmt: skip
                         if cutlass.const_expr(self.staged):
                             cute.copy(
-                                tma_s, from_s[(None, m, next_)], to_s[(None, state.index)],
+                                tma_s, from_s[(None, m, step)], to_s[(None, state.index)],
                                 tma_bar_ptr=stages.producer_get_barrier(state),
                             )  # fmt: skip
                         state.advance()
-                        own, next_ = self._after(own, next_, steps, apart)
                 for tile in cutlass.range(first, tiles, apart):
                     m, n = self._place(tile, m_tiles, n_tiles, at)
-                    for step in cutlass.range(cutlass.min(begun, steps), steps):
+                    for step in cutlass.range(begun, steps):
                         stages.producer_acquire(state)
                         barrier = stages.producer_get_barrier(state)
                         cute.copy(
@@ -287,7 +282,7 @@ class ScaledMM:
                         if cutlass.const_expr(self.staged):
                             cute.copy(tma_s, from_s[(None, m, step)], to_s[(None, state.index)], tma_bar_ptr=barrier)
                         state.advance()
-                    begun = cutlass.max(begun - steps, Int32(0))
+                    begun = Int32(0)
                 stages.producer_tail(state)
         else:
             if cutlass.const_expr(self.consumers > 1):
@@ -416,11 +411,6 @@ class ScaledMM:
         width = cutlass.min(n_tiles - band * WIDE, WIDE)
         m, n = inside // width, band * WIDE + inside % width
         return m * self.cluster[0] + at[0], n * self.cluster[1] + at[1]
-
-    def _after(self, tile, step, steps, apart):
-        """A block's step of a tile after this one."""
-        last = step + 1 == steps
-        return Int32(cutlass.select_(last, tile + apart, tile)), Int32(cutlass.select_(last, Int32(0), step + 1))
 
     def _multiply(self, stages, state, a, b, accumulator) -> None:
         """One stage into ``accumulator``, which begins from zero; in flight on return."""

@@ -65,10 +65,8 @@ class Scores:
         self.laying = Queries(COLUMNS, d) if packed else None
         waiting = self.laying.bytes if packed else 0
         self.stages = min(12, (SHARED - 4096 - waiting - self.tiles_q * (per_q + 4 * COLUMNS)) // per_k)
-        # Keys are released before sums are made, which takes registers that other models' limits need
-        self.early = limits == "all" or (heads, d) == (64, 128)
-        # Of a thread that loads or lays out, and of one that multiplies
-        self.registers = (40, 232) if not packed else (48, 232) if limits == "all" else (64, 224)
+        # Of a thread that loads or lays out, and of one that multiplies: together no more than the block began with
+        self.registers = (72, 216) if packed else (40, 232)
         self.q_bytes, self.k_bytes = per_q + 4 * COLUMNS, per_k
 
     @cute.jit
@@ -297,12 +295,7 @@ class Scores:
                             k_stages.consumer_release(k_state)
                             k_state.advance()
                             k_state.advance()
-                            if cutlass.const_expr(self.early):
-                                # Always; in another basic block the sums are not made ahead of that release
-                                if key >= 0:
-                                    self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
-                            else:
-                                self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
+                            self._store(where, self._sums(products[0], weight, 0, lane), scales, 0, key)
                     # The assembler lets a product be in flight beside sums if no way leads past the loop, and one wait
                     # in it is for both; otherwise it waits after every instruction
                     elif first + 1 < last:
