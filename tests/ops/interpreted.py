@@ -13,8 +13,9 @@ def patch_once_a_launch() -> None:
     """
     from triton.runtime import interpreter
 
-    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "GridExecutor")):
+    if not all(hasattr(interpreter, name) for name in ("_patch_lang", "_patch_lang_tensor", "GridExecutor")):
         return  # another release, as slow as it is
+    _patch_index(interpreter)
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def patch_once(function):
@@ -27,6 +28,17 @@ def patch_once_a_launch() -> None:
         return launch(self, *args, **kwargs)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+
+
+def _patch_index(interpreter) -> None:
+    """Let a tensor be a loop's bound, as in Triton 3.7: 3.6 makes a number of an array [1], which NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = with_index
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
