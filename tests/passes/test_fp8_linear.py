@@ -245,6 +245,15 @@ def quantize(monkeypatch):
     return apply
 
 
+def rows_have_scales() -> bool:
+    (xq, x_scale), (wq, w_scale) = ops.quantize_fp8(random(16, K)), quantised("token")
+    try:
+        torch._scaled_mm(xq, wq.t(), x_scale, w_scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_torchao(quantize, bias):
     linear = quantize(nn.Sequential(nn.Linear(K, N, bias=bias).bfloat16().requires_grad_(False)))
@@ -257,6 +266,9 @@ def test_torchao(quantize, bias):
             x, weight.qdata, weight.scale, linear[0].bias, scale_rounding="input", amax_floor=1e-30
         )
         assert torch.equal(got, expected)
+    if not rows_have_scales():
+        pytest.skip("this PyTorch multiplies with one scale a matrix on the CPU: torchao's own product does not run")
+    for x, got in zip(inputs, results, strict=True):
         plain = linear(x).float()
         assert (got.float() - plain).norm() <= 2**-8 * plain.norm()
     report, _ = run(linear, random(2, 24, K), asked=False)
