@@ -5,7 +5,8 @@ are, 64 keys at a time: these are a product's rows, and the heads of all queries
 brings keys, two lay out queries, one writes −inf behind the sequences; two or three warpgroups take the keys in turns,
 each on its own. FP8 is multiplied from shared memory, where TMA has swizzled it. MXFP4 comes as it is, and a thread
 expands to bf16 in registers what the product wants of it there: dims are multiplied in an order in which these are
-whole words of one block, and the queries are laid out in the same order.
+whole words of one block, and the queries are laid out in the same order. Where one product has all columns, its sums
+are made while the next product is.
 """
 
 from __future__ import annotations
@@ -23,51 +24,13 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from . import launch, ptx
-from .scores import GROUP, MINUS_INFINITY, SHARED, _choose, _within
-from .scores_mxfp4 import LARGEST, LINE, expand, exponent, powers, spread
-
-KEYS = 64  # of a stage: a page, some neighbours, or a part of one; one warpgroup takes them
-COLUMNS = 128  # of a product, at most: the heads of some queries of a sequence
-STAGES = 24  # at most
-CONSUMERS = 3  # warpgroups, where a product is narrow enough for their registers
-NARROW = 64  # columns
-TOGETHER = 64  # dims of FP8 that the tensor core adds; these sums, which it cuts to 14 bits, are added in fp32
-CHUNK = 2048  # keys of which a block looks for those that no query sees
-LAYING = 64  # threads that lay out queries
-AT_ONCE = 4  # pieces of these whose loads are under way; half as many of MXFP4, which takes more registers
-WARP = 32
+from .scores import GROUP, MINUS_INFINITY, _choose
+from .scores_mxfp4 import LARGEST, exponent, powers, spread
+from .scores_paged_feed import KEYS, LAYING, WARP, Feed, select_integer
 
 
-class PagedScores:
-    """The kernel.
-
-    Args:
-        heads: 32, 64 or 128.
-        d: 64 or 128.
-        fp8: e4m3 queries and keys with scales; MXFP4 otherwise.
-        queries: of a sequence, 1 to 4.
-        page_size: a power of two, 16 at least.
-        each: whether every query has a length of its own.
-    """
-
-    def __init__(self, heads: int, d: int, fp8: bool, queries: int, page_size: int, each: bool) -> None:
-        self.heads, self.d, self.fp8, self.queries, self.page, self.each = heads, d, fp8, queries, page_size, each
-        self.columns = heads * queries
-        self.share = max(n for n in range(1, queries + 1) if queries % n == 0 and heads * n <= max(COLUMNS, heads))
-        self.width, self.passes = heads * self.share, queries // self.share  # a product's columns; products
-        self.consumers = CONSUMERS if self.width <= NARROW else 2
-        self.pages, self.rows = max(1, KEYS // page_size), min(KEYS, page_size)  # of a stage, and of a page there
-        size = 1 if fp8 else 2
-        self.line = min(d, LINE // size)  # values of a query that lie together
-        self.lines = d // self.line
-        self.row = d if fp8 else d // 2  # bytes of a key
-        self.parts = max(1, d // TOGETHER) if fp8 else 1  # sums of a product
-        # The sums over heads of one product are made while the next one is in the making
-        self.apart = not fp8 and self.passes == 1
-        per_q, per_k = self.columns * (d * size + 4), KEYS * (self.row + 4) + 24
-        self.tiles_q = 2 if 2 * per_q <= 96 * 1024 else 1
-        stages = min(STAGES, (SHARED - 4096 - self.tiles_q * per_q) // per_k)
-        self.stages = stages - stages % self.consumers  # one of them has the same ones always, and misses no phase
+class PagedScores(Feed):
+    """The kernel; arguments as there."""
 
     @cute.jit
     def __call__(
@@ -115,12 +78,6 @@ class PagedScores:
             block=[(1 + self.consumers) * GROUP, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
-        )
-
-    def _layout(self, dtype, rows: int, stages: int):
-        atom = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, self.line)
-        return cute.tile_to_shape(
-            warpgroup.make_smem_layout_atom(atom, dtype), (rows, self.line, stages), order=(0, 1, 2)
         )
 
     def _mma(self):
@@ -173,206 +130,6 @@ class PagedScores:
             cute.arch.setmaxregister_increase(152 if self.consumers == 3 else 224)
             self._score(storage, q_layout, k_layout, lengths, out, work, group - 1, thread % GROUP)
 
-    # What there is to do
-
-    def _end(self, lengths, b, query, length) -> Int32:
-        """Before which keys a query sees."""
-        if self.each:
-            return _within(Int64(lengths[b, query]), length)
-        return _within(cutlass.max(Int64(lengths[b]), Int64(0)) - (self.queries - 1 - query), length)
-
-    def _tiles(self, lengths, b, length) -> Int32:
-        """Stages of a sequence, of which some query sees a key."""
-        ends = [
-            self._end(lengths, b, query, length) for query in range(0 if self.each else self.queries - 1, self.queries)
-        ]
-        return (functools.reduce(cutlass.max, ends) + KEYS - 1) // KEYS
-
-    @cute.jit
-    def _part(self, lengths, out):
-        """A block's part of all stages: the first one's sequence and place there, and how many."""
-        block, _, _ = cute.arch.block_idx()
-        blocks, _, _ = cute.arch.grid_dim()
-        lane = cute.arch.lane_idx()
-        batch, length = out.shape[0], out.shape[2]
-        rounds = (batch + WARP - 1) // WARP
-        total = Int32(0)
-        for i in cutlass.range(0, rounds, unroll=4):
-            b = i * WARP + lane
-            total += _select(b < batch, self._tiles(lengths, cutlass.min(b, batch - 1), length), Int32(0))
-        for bit in cutlass.range_constexpr(5):
-            total += cute.arch.shuffle_sync_bfly(total, offset=1 << bit)
-        count, more = total // blocks, total % blocks
-        begin = block * count + cutlass.min(block, more)
-        count += _select(block < more, Int32(1), Int32(0))
-
-        before, sequence, tile = Int32(0), Int32(0), Int32(0)
-        for i in cutlass.range(0, rounds):
-            b = i * WARP + lane
-            mine = _select(b < batch, self._tiles(lengths, cutlass.min(b, batch - 1), length), Int32(0))
-            upto = mine
-            for bit in cutlass.range_constexpr(5):
-                other = cute.arch.shuffle_sync_up(upto, offset=1 << bit)
-                upto += _select(lane >= 1 << bit, other, Int32(0))
-            first = before + upto - mine
-            here = (begin >= first) & (begin < first + mine)
-            sequence = _select(here, b, sequence)
-            tile = _select(here, begin - first, tile)
-            before += cute.arch.shuffle_sync(upto, offset=WARP - 1)
-        for bit in cutlass.range_constexpr(5):  # all but one are 0
-            sequence = cutlass.max(sequence, cute.arch.shuffle_sync_bfly(sequence, offset=1 << bit))
-            tile = cutlass.max(tile, cute.arch.shuffle_sync_bfly(tile, offset=1 << bit))
-        return sequence, tile, count
-
-    # The warp that brings keys
-
-    @cute.jit
-    def _bring(self, storage, tma_k, k, cache, table, lengths, out, work):
-        sequence, tile, left = work
-        stage, phase = Int32(0), Int32(1)
-        few = WARP // self.pages  # stages whose pages the lanes of a warp know
-        full, empty, found = (range_.data_ptr() for range_ in (storage.full, storage.empty, storage.found))
-        while left > 0:
-            last = cutlass.min(self._tiles(lengths, sequence, out.shape[2]), tile + left)
-            ahead = self._load_page(table, sequence, tile)
-            for begin in cutlass.range(tile, last, few):
-                pages = self._page(cache, table, ahead, begin)
-                ahead = self._load_page(table, sequence, begin + few)  # which nothing needs until then
-                for at in cutlass.range(begin, cutlass.min(begin + few, last)):
-                    several = [cute.arch.shuffle_sync(pages, (at - begin) * self.pages + i) for i in range(self.pages)]
-                    mask = Int32(0)
-                    for i in cutlass.range_constexpr(self.pages):
-                        mask += _select(several[i] >= 0, Int32(1 << i), Int32(0))
-                    cute.arch.mbarrier_wait(empty + stage, phase)
-                    with cute.arch.elect_one():
-                        cute.make_tensor(found + stage, cute.make_layout(1))[0] = mask
-                        size = cute.arch.popc(mask) * (self.rows * (self.row + 4))
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, size)
-                        for i in cutlass.range_constexpr(self.pages):
-                            self._copy(storage, cache, several[i], at, stage, i)
-                    if cutlass.const_expr(self.fp8):
-                        for i in cutlass.range_constexpr(self.pages):
-                            self._copy_values(storage, tma_k, k, several[i], at, stage, i)
-                    stage += 1
-                    if stage == self.stages:
-                        stage = Int32(0)
-                        phase = phase ^ 1
-            left -= last - tile
-            sequence += 1
-            tile = Int32(0)
-
-    def _place(self, tile):
-        """Of a lane's page in the table: the first lanes' are those of the stage ``tile``, and so on."""
-        lane = cute.arch.lane_idx()
-        return (tile + lane // self.pages) * KEYS // self.page + lane % self.pages
-
-    def _load_page(self, table, sequence, tile):
-        return table[sequence, cutlass.min(self._place(tile), table.shape[1] - 1)]
-
-    def _page(self, cache, table, number, tile) -> Int32:
-        """What was loaded, or −1 for no page of the cache."""
-        number = Int64(number)
-        known = (number >= 0) & (number < Int64(cache.shape[0])) & (self._place(tile) < table.shape[1])
-        return _select(known, Int32(number), Int32(-1))
-
-    @cute.jit
-    def _copy(self, storage, cache, page, at, stage, i: cutlass.Constexpr):
-        """Scales, and values of MXFP4, by one thread."""
-        if page >= 0:
-            barrier = storage.full.data_ptr() + stage
-            row, to = at * KEYS % self.page, stage * KEYS + i * self.rows  # of the page, and of all stages
-            source = cache.iterator + Int64(page) * cache.stride[0]
-            if cutlass.const_expr(not self.fp8):
-                values = storage.tile_k.data_ptr() + to * self.row
-                ptx.bulk(values, source + row * self.row, self.rows * self.row, barrier)
-            scales = source + (self.page * self.row + row * 4)
-            ptx.bulk(storage.scales.data_ptr() + to, scales, self.rows * 4, barrier)
-
-    @cute.jit
-    def _copy_values(self, storage, tma_k, k, page, at, stage, i: cutlass.Constexpr):
-        """Values of FP8, by a warp."""
-        if page >= 0:
-            layout = self._layout(Float8E4M3FN, self.rows, self.stages * self.pages)
-            s_k = storage.tile_k.get_tensor(layout.outer, swizzle=layout.inner)
-            tiles = cute.local_tile(k, (self.rows, self.d), (None, None, None))
-            own, theirs = cpasync.tma_partition(
-                tma_k, 0, cute.make_layout(1), cute.group_modes(s_k, 0, 2), cute.group_modes(tiles, 0, 2)
-            )
-            cute.copy(
-                tma_k,
-                theirs[(None, at * KEYS % self.page // self.rows, 0, page)],
-                own[(None, stage * self.pages + i)],
-                tma_bar_ptr=storage.full.data_ptr() + stage,
-            )
-
-    # The warps that lay out queries
-
-    @cute.jit
-    def _lay_out(self, storage, q, q_scale, weights, lengths, out, work, thread):
-        sequence, tile, left = work
-        slot, phase = Int32(0), Int32(1)
-        while left > 0:
-            last = cutlass.min(self._tiles(lengths, sequence, out.shape[2]), tile + left)
-            if last > tile:
-                cute.arch.mbarrier_wait(storage.q_empty.data_ptr() + slot, phase)
-                count = (self.columns + LAYING - 1) // LAYING
-                columns = [cutlass.min(i * LAYING + thread, self.columns - 1) for i in range(count)]
-                kept = [weights[Int64(sequence) * self.columns + column] for column in columns]
-                pieces = self.columns * (self.d // 16 if cutlass.const_expr(self.fp8) else 4) // LAYING
-                for i in cutlass.range(0, pieces, unroll=AT_ONCE if self.fp8 else AT_ONCE // 2):
-                    self._lay(storage, q, q_scale, sequence, slot, i * LAYING + thread)
-                for i in cutlass.range_constexpr(count):
-                    to = storage.weights.data_ptr() + (slot * self.columns + columns[i])
-                    ptx.store_shared(to, [ptx.bits(kept[i])])
-                cute.arch.fence_view_async_shared()
-                cute.arch.mbarrier_arrive(storage.q_full.data_ptr() + slot)
-                slot += 1
-                if slot == self.tiles_q:
-                    slot = Int32(0)
-                    phase = phase ^ 1
-            left -= last - tile
-            sequence += 1
-            tile = Int32(0)
-
-    def _lay(self, storage, q, q_scale, sequence, slot, piece):
-        """16 bytes of FP8, or a quarter of a row of MXFP4, to where the product expects it."""
-        to = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
-        per = self.d // 16 if self.fp8 else 4
-        column, part = piece // per, piece % per
-        row = Int64(sequence) * self.columns + column
-        source = q.iterator + row * q.stride[0]
-        if self.fp8:
-            place = slot * self.columns + column
-            turned = part ^ (column % 8 if self.d == 128 else column // 2 % 4)
-            ptx.store_shared(to + (place * self.d + turned * 16), ptx.load(source + part * 16, 4))
-            return
-        words = self.d // 32  # of a thread
-        packed = ptx.load(source + part * (4 * words), words)
-        factors = powers(Uint32(q_scale[row]), part * words // 4)
-        place = (slot * self.passes + column // self.width) * self.lines * self.width + column % self.width
-        for word in range(words):
-            for j, pair in enumerate(expand(packed[word], factors)):
-                turned = (word % 2 * 4 + j) ^ (column % 8)
-                at = (place + word // 2 * self.width) * LINE + turned * 16 + part * 4
-                ptx.store_shared(to + at, [pair])
-
-    # The warp that writes where nothing is seen
-
-    @cute.jit
-    def _fill(self, lengths, out):
-        block, _, _ = cute.arch.block_idx()
-        blocks, _, _ = cute.arch.grid_dim()
-        lane = cute.arch.lane_idx()
-        batch, length = out.shape[0], out.shape[2]
-        chunks = (length + CHUNK - 1) // CHUNK
-        for piece in cutlass.range(block, batch * chunks, blocks):
-            b, chunk = piece // chunks, piece % chunks
-            first = cutlass.max(chunk * CHUNK, self._tiles(lengths, b, length) * KEYS)
-            last = cutlass.min(chunk * CHUNK + CHUNK, length)
-            for query in cutlass.range_constexpr(self.queries):
-                for key in cutlass.range(first + lane, last, WARP):
-                    out[b, query, key] = ptx.real(Uint32(MINUS_INFINITY)).to(self.result)
-
     # The warpgroups that multiply and sum
 
     @cute.jit
@@ -412,7 +169,7 @@ class PagedScores:
                 key, count = (tile + skipped) * KEYS + own, last - tile - skipped + (self.consumers - 1)
                 count = count // self.consumers
                 skipped -= (last - tile) % self.consumers
-                skipped += _select(skipped < 0, Int32(self.consumers), Int32(0))
+                skipped += select_integer(skipped < 0, Int32(self.consumers), Int32(0))
                 if cutlass.const_expr(self.apart):
                     if count > 0:
                         found = self._begin(storage, a, b, products[0], own, stage, phase, slot, lane)
@@ -451,7 +208,7 @@ class PagedScores:
     def _next(self, stage, phase) -> tuple[Int32, Int32]:
         """This warpgroup's stage after this one, and its phase."""
         after = stage + self.consumers
-        return _select(after >= self.stages, after - self.stages, after), phase ^ Int32(after >= self.stages)
+        return select_integer(after >= self.stages, after - self.stages, after), phase ^ Int32(after >= self.stages)
 
     def _begin(self, storage, a, b, product, own, stage, phase, slot, lane) -> Uint32:
         """The product of 64 MXFP4 keys, once they have arrived, in flight on return; whether they are there at all."""
@@ -610,10 +367,6 @@ class PagedScores:
         value = _choose((found != 0) & (key < end), value, ptx.real(Uint32(MINUS_INFINITY)))
         if mine & (key < length):
             cute.make_tensor(start + key, cute.make_layout(1))[0] = value.to(self.result)
-
-
-def _select(condition, yes: Int32, no: Int32) -> Int32:
-    return Int32(cutlass.select_(condition, yes, no))
 
 
 def build(
