@@ -16,7 +16,7 @@ pytest.importorskip("triton")  # its wheel has the disassembler
 import triton
 
 from dsv4_fusion.ops.cutedsl import fp8_linear, scaled_mm
-from tests.ops.test_indexer_scores_cutedsl import registers_suffice
+from tests.ops.test_indexer_scores_cutedsl import registers_suffice, sleeps
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FP32, BYTE, BF16, FP16 = torch.float32, torch.uint8, torch.bfloat16, torch.float16
@@ -86,4 +86,4 @@ def test_compiles_for_sm90(variant, tmp_path):
     assert sass.count("QGMMA") == 4 * copies
     assert sass.count("WARPGROUP.DEPBAR") == copies + (copies > 1)
     assert not re.search(r"\b(STL|LDL)\b", sass)
-    assert tile.rows == 64 or registers_suffice(sass, usage.stdout + usage.stderr, 3)
+    assert tile.rows == 64 or (registers_suffice(sass, usage.stdout + usage.stderr, 3) and not sleeps(sass))
