@@ -26,7 +26,7 @@ STEP = 128  # k of a stage, and of a promotion
 GROUP = 128  # threads of a warpgroup
 SHARED = 227 * 1024
 BARRIERS = 1024  # bytes kept for them
-OVERLAP = 128  # columns
+OVERLAP = 128  # columns of which registers can hold two sums of a stage, beside the total
 AHEAD = 64  # columns whose scales are loaded before they are needed
 WIDE = 8  # n tiles that are walked together, so that both operands stay in L2
 
@@ -62,7 +62,7 @@ class ScaledMM:
         self.rows, self.columns, self.cluster, self.loaded = rows, columns, cluster, loaded
         self.blockwise, self.bias, self.staged, self.dependent = blockwise, bias, staged, dependent
         self.span = columns if 128 % columns == 0 else math.gcd(columns, 128)  # columns with one block scale of w
-        self.overlap = columns <= OVERLAP  # a second accumulator costs few registers, and hides a stage's latency
+        self.overlap = columns <= OVERLAP  # a second accumulator hides a stage's latency
         self.consumers = rows // 64
         self.threads = (1 + self.consumers) * GROUP
         self.piece = math.gcd(columns, 64)  # columns of one store

@@ -55,7 +55,7 @@ class Scores:
         self.parts = 2 if fp8 or heads == 32 else 1  # products of a warpgroup
         self.columns = COLUMNS // self.parts
         self.own = self.columns // heads  # queries of a product: 1, 2 or 4
-        self.slot = 2 * self.queries + 2  # starts and ends, and the first and last stage
+        self.slot = 2 * self.queries + 2  # starts and ends, and the first step and the one after the last
         size = 1 if fp8 else 2
         self.line = min(d, LINE // size)  # values of a row that lie together
         self.lines = d // self.line
@@ -168,8 +168,8 @@ class Scores:
 
         storage = SmemAllocator().allocate(self.shared)
         q_stages = self._pipeline(storage.barriers_q, self.tiles_q, self.q_bytes, LAYING if self.packed else 0)
-        k_stages = self._pipeline(storage.barriers_k, self.stages, self.k_bytes, 0, 4)
-        found = self._pipeline(storage.barriers_found, SLOTS, 0, 32)  # limits, by the warp that loads
+        k_stages = self._pipeline(storage.barriers_k, self.stages, self.k_bytes, 0, GROUP // 32)
+        found = self._pipeline(storage.barriers_found, SLOTS, 0, 32)  # by the warp that loads; unused without limits
         pipeline.pipeline_init_arrive(cluster_shape_mn=(1, 1), is_relaxed=True)
         s_q = storage.tile_q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         s_k = storage.tile_k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
