@@ -180,8 +180,9 @@ def measured(checkout: Path, arguments: argparse.Namespace) -> tuple[dict[tuple[
     """What a checkout's process says, and whether it came to its end."""
     command = [sys.executable, __file__, str(checkout), *arguments.operators, "--work"]
     command += ["--small"] if arguments.small else []
+    path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": str(checkout)}, cwd=checkout, stdout=subprocess.PIPE, text=True
+        command, env=os.environ | {"PYTHONPATH": path}, cwd=checkout, stdout=subprocess.PIPE, text=True
     )
     found = {}
     for line in process.stdout:

@@ -28,9 +28,13 @@ class Tile(NamedTuple):
 
 STAGED = 128  # rows of the tiles whose stages bring block scales
 FEW = 16  # tokens: with no more, no more rows are loaded
-CLOCKS = {  # of a stage, by rows and columns of a tile, measured on an H200
-    (64, 16): 180, (64, 32): 200, (64, 64): 265, (64, 128): 490,
-    (128, 64): 415, (128, 96): 630, (128, 128): 700, (128, 160): 835, (128, 192): 980,
+PAIRS = 32  # rows of 64 tokens: with more, blocks share loads
+# ns of a stage by rows and columns of a tile, with scales of rows and, where one is in a tile's columns, of blocks;
+# measured on an H200 in one round of all processors, from 128 × 128 on in many. Tiles of 16 columns take as long as
+# those of 32, but then twice as many processors load the weight.
+STAGE = {
+    (64, 16): (105, 157), (64, 32): (108, 163), (64, 64): (146, 187), (64, 128): (267, 258),
+    (128, 64): (232, 291), (128, 96): (285, None), (128, 128): (360, 370), (128, 192): (518, None),
 }  # fmt: skip
 
 
@@ -38,19 +42,20 @@ CLOCKS = {  # of a stage, by rows and columns of a tile, measured on an H200
 def tile(rows: int, outputs: int, block: bool, processors: int) -> Tile:
     """The one with which all are computed soonest, for so many rows of 64 tokens.
 
-    Tiles whose columns have more than one block scale are half as quick, and left out with ``block`` scales. Large
-    ones share loads in pairs: those of x, or with more columns those of w, which saves 5 %; with block scales only if
-    there are many.
+    With ``block`` scales, tiles whose columns have more than one are slow, and left out. The largest share loads in
+    pairs, those of w; where there are many, smaller ones too, those of x.
     """
 
-    def clocks(one: tuple[int, int]) -> int:
+    def time(one: tuple[int, int]) -> int:
         blocks = -(-64 * rows // one[0]) * -(-outputs // one[1])
-        return -(-blocks // processors) * CLOCKS[one]
+        return -(-blocks // processors) * STAGE[one][block]
 
-    high, columns = min((one for one in CLOCKS if not block or 128 % one[1] == 0), key=clocks)
+    high, columns = min((one for one in STAGE if STAGE[one][block]), key=time)
     cluster = (1, 1)
-    if high == 128 and columns >= 128 and rows > (32 if block else 2):
-        cluster = (1, 2) if columns == 128 else (2, 1)
+    if columns > 128 and rows > 2:
+        cluster = (2, 1)
+    elif (high, columns) == (128, 128) and rows > PAIRS:
+        cluster = (1, 2)
     return Tile(high, columns, cluster, high)
 
 
@@ -62,7 +67,7 @@ def tile_of(tokens: int, outputs: int, block: bool, processors: int) -> Tile:
 
 def table(tokens: int) -> list[Tile]:
     """Every tile that such a number of tokens could have."""
-    return [Tile(high, columns, (1, 1), FEW if tokens <= FEW and high == 64 else high) for high, columns in CLOCKS]
+    return [Tile(high, columns, (1, 1), FEW if tokens <= FEW and high == 64 else high) for high, columns in STAGE]
 
 
 def tiles(outputs: int, block: bool, processors: int) -> set[Tile]:
