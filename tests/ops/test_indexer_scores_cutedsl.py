@@ -17,6 +17,7 @@ pytest.importorskip("triton")  # its wheel has the disassembler
 import triton
 
 from dsv4_fusion import ops
+from dsv4_fusion.ops.cutedsl import indexer_scores as cutedsl_scores
 from dsv4_fusion.ops.cutedsl import scores as ragged_kernel
 from dsv4_fusion.ops.cutedsl import scores_mxfp4
 from dsv4_fusion.ops.cutedsl import scores_paged as paged_kernel
@@ -99,13 +100,14 @@ def test_compiles_for_sm90(variant, tmp_path):
     heads, d, dtype, *_ = variant
     sass = disassembled(ragged_kernel, variant, tmp_path, 1 + ragged_kernel.CONSUMERS)
     assert not sleeps(sass)
-    assert ("ACQBULK" in sass) == (dtype == MXFP4)  # which waits for its keys
-    steps = d // (32 if dtype == FP8 else 16)
+    assert sass.count("ACQBULK") == (2 if dtype == MXFP4 else 0)  # for the keys, and for their scales
+    fp8 = dtype != BF16
+    steps = d // (32 if fp8 else 16)
     order = re.findall(r"\b([QH]GMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR|BAR\.ARV)\b", sass)
-    product = "QGMMA" if dtype == FP8 else "HGMMA"
+    product = "QGMMA" if fp8 else "HGMMA"
     one = ["WARPGROUP.ARRIVE"] + [product] * steps
     terms = ragged_kernel.COLUMNS * 64 // 128  # of a thread, in a stage
-    if ragged_kernel.Scores(heads, d, dtype == FP8, "all").parts == 1:
+    if ragged_kernel.Scores(heads, d, fp8, "all").parts == 1:
         stage = [*one, "WARPGROUP.DEPBAR", "BAR.ARV", "WARPGROUP.DEPBAR"]
         stages = order.count("BAR.ARV") - 1
         assert order == ["BAR.ARV"] + stage * stages
@@ -115,13 +117,13 @@ def test_compiles_for_sm90(variant, tmp_path):
     doubled = len(
         re.findall(r"FADD R\d+, R\d+(?:\.reuse)?, \|R\d+(?:\.reuse)?\||FADD R\d+, \|R\d+(?:\.reuse)?\|, R\d+", sass)
     )
-    assert doubled == (terms // 2 * stages if dtype == FP8 else 0)
+    assert doubled == (terms // 2 * stages if fp8 else 0)
     assert sass.count("FMNMX") + doubled == sass.count("FFMA") == terms * stages
 
 
 @pytest.mark.parametrize("variant", PAGED, ids=lambda variant: "-".join(map(str, variant)))
 def test_pages_compile_for_sm90(variant, tmp_path):
-    """Nothing waits between products but for the last; MXFP4 is expanded by two multiplications a pair.
+    """Nothing waits between products but for the last; MXFP4 is expanded by four permutations for eight codes.
 
     Where one product of MXFP4 is summed while the next is made, both are there twice, and once more in the beginning
     and at an end; a sum is not between the instructions of a product, which would wait for one another.
@@ -131,14 +133,14 @@ def test_pages_compile_for_sm90(variant, tmp_path):
     assert kernel.stages * paged_kernel.KEYS * kernel.row >= 48 * 1024
     assert kernel.stages % kernel.consumers == 0
     sass = disassembled(paged_kernel, variant, tmp_path, 1 + kernel.consumers)
-    order = re.findall(r"\b([QH]GMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR)\b", sass)
-    if dtype == FP8:
-        turn = ["WARPGROUP.ARRIVE"] + ["QGMMA"] * (d // 32) + ["WARPGROUP.DEPBAR"]
-    else:
-        turn = ["WARPGROUP.ARRIVE", "HGMMA", "HGMMA"] * (d // 32) + ["WARPGROUP.DEPBAR"]
+    order = re.findall(r"\b(QGMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR)\b", sass)
+    turn = ["WARPGROUP.ARRIVE"] + ["QGMMA"] * (d // 32) + ["WARPGROUP.DEPBAR"]
+    if dtype == MXFP4:
         copies = 4 if kernel.apart else 1
-        assert len(re.findall(r"\bH(?:MUL|FMA)2", sass)) == (1 + copies) * d // 2  # half a d for queries
         turn = turn * copies
+        tables = sass.count("F2FP.SATFINITE.E4M3") // 4  # of the sizes of a code, for d / 4 codes each
+        assert tables >= 2 * copies + 2
+        assert 0 <= sass.count("PRMT") - tables * 4 * d // 32 <= 16
     assert order == turn * kernel.passes
     products = heads * queries * 64 // 128  # of a thread
     copies = 5 if kernel.apart else 1
@@ -263,6 +265,79 @@ def test_paged_scales_of_all_sizes_on_the_gpu(poisoned):  # noqa: F811
     scores.assert_scores(of_pages(tensors), given)
     tensors["cache"][tensors["block_table"][1, 2], 64 * 64 + 5] = 255  # of key 129
     assert of_pages(tensors).isnan().nonzero().tolist() == [[1, 0, 129]]
+
+
+CODES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+CODES = torch.cat([CODES, -CODES])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 128])
+def test_mxfp4_as_bytes_on_the_gpu(poisoned, d):  # noqa: F811
+    """Every code at every distance of scales: rounded to e4m3 once, and exact up to 14 powers of two apart."""
+    generator = torch.Generator().manual_seed(d)
+    codes = torch.randint(256, (4097, d // 2), generator=generator).to(torch.uint8)
+    codes[::5, :16] &= 0x88  # zeros, whose scale does not count
+    scales = torch.zeros(4097, 4, dtype=torch.uint8)
+    scales[:, : d // 32] = torch.randint(100, 125, (4097, d // 32), generator=generator)
+    scales[:64, : d // 32] = torch.randint(255, (64, d // 32), generator=generator)
+    scales[7, 1] = 255
+    got, factors = cutedsl_scores._expanded(codes.cuda(), scales.view(torch.int32).squeeze(-1).cuda())
+    values = torch.stack([CODES[(codes & 15).long()], CODES[(codes >> 4).long()]], -1).view(4097, -1, 32)
+    e = scales[:, : d // 32].int()
+    e = torch.where((values != 0).any(-1) | (e == 255), e, 0)
+    row = e.amax(1, keepdim=True)
+    wide = values.double() * torch.exp2((6 + e - row).double()).unsqueeze(-1)
+    expected = wide.float().to(FP8)
+    exact = (expected.double() == wide).all(-1)
+    assert exact[row - e <= 14].all() and not exact[row - e > 14].all()
+    assert torch.equal(got.cpu().view(MXFP4), expected.flatten(1).view(MXFP4))
+    assert torch.equal(factors.cpu()[row[:, 0] < 255].double(), torch.exp2((row[row < 255] - 127).double()))
+    assert factors.isnan().nonzero().tolist() == [[7]]
+
+
+def apart(tensors: dict, most: int, name: str) -> None:
+    """Scales of the blocks of a row up to so many powers of two higher than they were."""
+    generator = torch.Generator().manual_seed(most)
+    scales = tensors[name].clone().unsqueeze(-1).view(MXFP4)
+    blocks = tensors[name[0]].shape[-1] // 16
+    scales[..., :blocks] += torch.randint(0, most + 1, (*scales.shape[:-1], blocks), generator=generator).to(MXFP4)
+    tensors[name] = scales.view(INT32).squeeze(-1)
+
+
+def assert_close(got: torch.Tensor, tensors: dict, most: int) -> None:
+    """Exact but for fp32's sums up to a little; further apart as FP8 is, of which the tensor cores cut off."""
+    if most <= 2:
+        return scores.assert_scores(got, tensors)
+    value, size = scores.exact(tensors)
+    seen = scores.visible(tensors)
+    q, k = (
+        scores._indexer.dequantise_mxfp4_ref(tensors[name], scores.bytes_of(tensors[f"{name}_scale"], tensors[name]))
+        for name in ("q", "k")
+    )
+    allowed = 1e-5 * size + scores.cut_off(q, k, tensors["weights"])
+    error = (got.cpu().double() - value).abs()
+    assert (error <= allowed)[seen].all() and error[seen].norm() <= scores.TENSOR_CORE * size[seen].norm()
+    return None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [2, 8, 14])
+def test_mxfp4_blocks_with_scales_apart_on_the_gpu(poisoned, most):  # noqa: F811
+    for d in (64, 128):
+        tensors = scores.arguments("mxfp4", 65, 64, d, 777, None, "all", seed=most)
+        apart(tensors, most, "q_scale")
+        apart(tensors, most, "k_scale")
+        assert_close(ops.indexer_scores(**on_gpu(tensors), implementation="cutedsl"), tensors, most)
+    tensors, k = in_pages(64, "mxfp4", 2, 2, 64, 128, 4)
+    tensors["lengths"][:] = 256
+    apart(tensors, most, "q_scale")
+    given = expected(tensors, k, "mxfp4", 256)
+    apart(given, most, "k_scale")
+    for sequence, place in ((sequence, place) for sequence in range(2) for place in range(4)):
+        page = tensors["cache"][tensors["block_table"][sequence, place]]
+        page[64 * 64 : 64 * 68] = given["k_scale"][sequence, place * 64 : (place + 1) * 64].view(MXFP4)
+    assert_close(of_pages(tensors), given, most)
 
 
 @pytest.mark.gpu

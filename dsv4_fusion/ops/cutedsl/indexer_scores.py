@@ -31,12 +31,13 @@ def _begin_expansion(d: int):
     return compiling().submit(scores_mxfp4.build, d)
 
 
-def _expanded(k: Tensor, k_scale: Tensor) -> Tensor:
-    """MXFP4 keys as bf16, once, where blocks would do it for every few queries; dims are in the queries' order."""
-    d = 2 * k.shape[-1]
-    out = k.new_empty([*k.shape[:-1], d], dtype=torch.bfloat16)
-    _begin_expansion(d).result()(_rows(k)(k), k_scale.reshape(-1), out.view(-1, d))
-    return out
+def _expanded(k: Tensor, k_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """MXFP4 keys as e4m3 with a scale, once, where blocks would do it for every few queries."""
+    d, count = 2 * k.shape[-1], k_scale.numel()
+    workspace = k.new_empty(count * (d + 4), dtype=torch.uint8)
+    values, factors = workspace[: count * d].view(torch.float8_e4m3fn), workspace[count * d :].view(torch.float32)
+    _begin_expansion(d).result()(_rows(k)(k), k_scale.reshape(-1), values.view(-1, d), factors)
+    return values.view(*k.shape[:-1], d), factors.view(k_scale.shape)
 
 
 @functools.cache
@@ -70,7 +71,7 @@ def scores_into(out, q, k, weights, q_scale, k_scale, start, end, causal, ratio)
     kernel, processors = _begin(*_key(q, q_scale, *limits, out.dtype)).result(), _processors(q.device)
     per = scores.steps(q.shape[1], k.shape[1], q.shape[2], start is not None or end is not None, processors)
     if q_scale is not None:
-        k, k_scale = _expanded(k, k_scale), None
+        k, k_scale = _expanded(k, k_scale)
     for b in range(q.shape[0]):
         own = [None if limit is None else limit[b if limit.shape[0] == q.shape[0] else 0] for limit in (start, end)]
         tensors = [make(tensor[b])(tensor[b]) for make, tensor in ((_rows, q), (_rows, k), (_column, weights))]

@@ -157,6 +157,15 @@ def pack_e4m3(a: Float32, b: Float32, c: Float32, d: Float32) -> Uint32:
     return _word(code, a, b, c, d)
 
 
+def pack_e4m3_halves(low: Uint32, high: Uint32) -> Uint32:
+    """Two pairs of fp16 to e4m3fn bytes, as :func:`pack_e4m3`."""
+    code = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f16x2 low, {$r0}; "
+        "cvt.rn.satfinite.e4m3x2.f16x2 high, {$r1}; mov.b32 {$w0}, {low, high}; }"
+    )
+    return _word(code, low, high)
+
+
 def pack_e2m1(values: list[Float32]) -> Uint32:
     """Eight fp32 to E2M1 nibbles, the first lowest, ties to even; from SM100 on."""
     converts = " ".join(f"cvt.rn.satfinite.e2m1x2.f32 b{i}, {{$r{2 * i + 1}}}, {{$r{2 * i}}};" for i in range(4))
@@ -211,9 +220,16 @@ def pair_fma(a: Uint32, b: Uint32 | int, c: Uint32 | int) -> Uint32:
     return _pair("fma.rn.bf16x2", a, b, c)
 
 
-def permute(a: Uint32, b: Uint32, selector: int) -> Uint32:
-    """Bytes of ``b:a`` by the nibbles of ``selector``; bit 3 of a nibble repeats the sign of the byte instead."""
-    return _word(f"prmt.b32 {{$w0}}, {{$r0}}, {{$r1}}, 0x{selector:04x};", a, b)
+def halves_mul(a: Uint32, b: int) -> Uint32:
+    """Of fp16, by a word of two."""
+    return _word(f"{{ .reg .b32 b; mov.b32 b, {b:#010x}; mul.rn.f16x2 {{$w0}}, {{$r0}}, b; }}", a)
+
+
+def permute(a: Uint32, b: Uint32, selector: int | Uint32) -> Uint32:
+    """Bytes of ``b:a`` by four nibbles of ``selector``; bit 3 of a nibble repeats the sign of the byte instead."""
+    if isinstance(selector, int):
+        return _word(f"prmt.b32 {{$w0}}, {{$r0}}, {{$r1}}, 0x{selector:04x};", a, b)
+    return _word("prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};", a, b, selector)
 
 
 # Shared memory, at pointers or 32-bit addresses, and copies into it

@@ -45,11 +45,11 @@ class Scores:
         d: 64 or 128.
         fp8: e4m3 queries and keys, the latter with a scale; bf16 otherwise.
         limits: "all", "range" (starts and ends) or "causal" (positions).
-        packed: MXFP4 queries, which warps expand to bf16 on their way; keys are bf16 then, expanded before, with dims
-            in the order in which these are.
+        packed: MXFP4 queries, which warps expand to e4m3 on their way; keys are expanded before.
     """
 
     def __init__(self, heads: int, d: int, fp8: bool, limits: str, packed: bool = False) -> None:
+        fp8 = fp8 or packed
         self.heads, self.d, self.fp8, self.limits, self.packed = heads, d, fp8, limits, packed
         self.queries = COLUMNS // heads
         self.parts = 2 if fp8 or heads == 32 else 1  # products of a warpgroup
@@ -244,6 +244,8 @@ class Scores:
                             q_state.advance()
         else:
             cute.arch.setmaxregister_increase(self.registers[1])
+            if cutlass.const_expr(self.packed):
+                cute.arch.griddepcontrol_wait()  # the keys' scales are read as they are needed
             consumer, thread = group - 1, thread % GROUP
             lane = thread % 32
             mine = consumer * PART + (thread // 32) * 16 + lane // 4  # this thread's first key in a stage
@@ -587,21 +589,21 @@ def build(
 
     Args:
         heads, d, limits: as there.
-        dtype: of queries and keys, bf16 or e4m3fn; uint8 for MXFP4 queries, with keys in bf16.
+        dtype: of queries and keys, bf16 or e4m3fn; uint8 for MXFP4 queries, with keys in e4m3fn.
         indices: dtypes of starts and ends, None where there are none; of positions, in place of ends, if causal.
         result: of the scores.
         arch, options: for the compiler.
     """
     rows, keys, queries = launch.symbol(), launch.symbol(), launch.symbol()
     fp8, packed = dtype == torch.float8_e4m3fn, dtype == torch.uint8
-    of_keys = torch.bfloat16 if packed else dtype
+    of_keys = torch.float8_e4m3fn if packed else dtype
     return launch.compiled(
         Scores(heads, d, fp8, limits, packed),
         launch.tensor(dtype, rows, d // 2 if packed else d, row=16 // dtype.itemsize, align=16),
         launch.tensor(of_keys, keys, d, row=16 // of_keys.itemsize, align=16),
         launch.upright(torch.float32, rows, 1),
         launch.strided(torch.int32, rows) if packed else None,
-        launch.strided(torch.float32, keys) if fp8 else None,
+        launch.strided(torch.float32, keys) if fp8 or packed else None,
         *[None if index is None else launch.strided(index, queries) for index in indices],
         launch.tensor(result, queries, keys),
         Int32(4),

@@ -1,4 +1,10 @@
-"""MXFP4 codes as bf16, exactly: every code times its scale is one."""
+"""MXFP4 rows as FP8: e4m3 has room for the codes and for how far their blocks' scales are apart.
+
+A code times 2^6 is one of e4m3's numbers (6 · 64 is 384), and so is a code times 2^-8. The blocks with a row's largest
+scale are multiplied by 2^6, others by as much less as their scale is, and the row keeps a scale 2^(e − 6). That is
+exact for blocks whose scales are up to 2^14 apart; of smaller ones codes are rounded to multiples of 2^-9, which is
+2^-15 of the row's largest number, or less. A block of zeros counts for nothing, whatever its scale.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +12,16 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Int32, Int64, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 
 from . import launch, ptx
 
+HIGHEST = 6  # exponent of what codes of a row's largest blocks are multiplied by
+BLOCK = 32  # dims that have a scale
 LAYING = 96  # threads that lay out queries
 LINE = 128  # bytes of a row that lie together in shared memory
-LARGEST = 128  # byte of a scale up to which the first of two factors is all
-THREADS = 128  # of a block that expands keys, a word each
-
-
-def powers(scales: Uint32, byte) -> tuple[Uint32, Uint32]:
-    """Two pairs whose product is 2^(e − 1) for a byte e of four; NaN for 255. The second is 1 up to LARGEST."""
-    e = exponent(scales, byte)
-    first = ptx.select(e < Uint32(LARGEST), e, Uint32(LARGEST)) + Uint32(126)
-    first = ptx.select(e == Uint32(255), Uint32(0x7FC0), first << Uint32(7))
-    second = ptx.select(e > Uint32(LARGEST), e, Uint32(LARGEST)) - Uint32(1)
-    return first * Uint32(0x10001), (second << Uint32(7)) * Uint32(0x10001)
+THREADS = 128  # of a block that expands keys
+SIZES = (0x38000000, 0x3E003C00, 0x42004000, 0x46004400)  # of codes, in pairs of fp16
 
 
 def exponent(scales: Uint32, byte) -> Uint32:
@@ -30,29 +29,55 @@ def exponent(scales: Uint32, byte) -> Uint32:
     return (scales >> (Uint32(byte) * Uint32(8))) & Uint32(255)
 
 
-def spread(codes: Uint32) -> list[Uint32]:
-    """Eight codes times 2^-126, as bf16 pairs of numbers 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-
-    A product with 2^12 + 2^6 puts a code's sign and its other bits where they are in a bf16, which is then subnormal
-    where the code is.
-    """
-    pairs = []
-    for half in (codes, codes >> Uint32(8)):
-        for mask, factor in ((0x000F000F, 0x1040), (0x00F000F0, 0x104)):
-            pairs.append(ptx.multiply_add(half & Uint32(mask), factor, 0) & Uint32(0x81C081C0))
-    return pairs
+def counted(codes: list[Uint32], e: Uint32) -> Uint32:
+    """The exponent of a block, or of a part of one, as its row's may be: 0 for nothing but zeros, unless it is NaN."""
+    some = codes[0]
+    for word in codes[1:]:
+        some = some | word
+    return ptx.select(((some & Uint32(0x77777777)) != Uint32(0)) | (e == Uint32(255)), e, Uint32(0))
 
 
-def expand(codes: Uint32, factors: tuple[Uint32, Uint32]) -> list[Uint32]:
-    """Eight codes times their scale, in the same order."""
-    return [ptx.pair_mul(ptx.pair_mul(pair, factors[0]), factors[1]) for pair in spread(codes)]
+def largest(e: Uint32, offsets: tuple[int, ...]) -> Uint32:
+    """Of two exponents of 16 bits, over the lanes that have a row's other blocks."""
+    for offset in offsets:
+        e = ptx.integers_max(e, cute.arch.shuffle_sync_bfly(e, offset=offset))
+    return e
+
+
+def table(e: Uint32, row: Uint32) -> tuple[Uint32, Uint32]:
+    """The eight sizes of a code as e4m3 bytes, times 2^(6 + e − row); exponents are :func:`counted`."""
+    bias = Int32(HIGHEST + 15)
+    power = Uint32(cutlass.max(bias + Int32(e) - Int32(row), Int32(0))) * Uint32(0x04000400)  # two of fp16
+    sizes = [ptx.halves_mul(power, pair) for pair in SIZES]
+    return ptx.pack_e4m3_halves(sizes[0], sizes[1]), ptx.pack_e4m3_halves(sizes[2], sizes[3])
+
+
+def expand(codes: Uint32, sizes: tuple[Uint32, Uint32]) -> list[Uint32]:
+    """Eight codes as bytes, by their :func:`table`: four in a word, and four more."""
+    which, turned = codes & Uint32(0x77777777), codes << Uint32(4)
+    words = []
+    for selected, signs in ((which, 0x5140), (which >> Uint32(16), 0x7362)):
+        found = ptx.permute(*sizes, selected)
+        words.append(ptx.merge(0x80808080, ptx.permute(turned, codes, signs), found))
+    return words
+
+
+def factor(row: Uint32) -> Float32:
+    """2^(e − 127) for a row's exponent, which is 64 times what its bytes are to be multiplied by; NaN for 255."""
+    special = ((row + Uint32(1)) & Uint32(255)) < Uint32(2)  # 0 and 255
+    return ptx.real((row << Uint32(23)) | ptx.select(special, Uint32(0x400000), Uint32(0)))
+
+
+def folded(weight: Float32, row: Uint32) -> Float32:
+    """A weight times its query's factor, and what two rows of bytes are too large by."""
+    return ptx.mul(ptx.mul(weight, Float32(2.0 ** (-2 * HIGHEST))), factor(row))
 
 
 class Queries:
-    """Queries on their way to the tensor cores, by ``LAYING`` threads: copied as they are, then laid out as bf16.
+    """Queries on their way to the tensor cores, by ``LAYING`` threads: copied as they are, then laid out as bytes.
 
     A copy is read by the thread that asked for it, so that no barrier is needed: of 16 bytes, a block of 32 dims, of
-    the word with its scale, and of a weight.
+    the word with its scale, and, by the thread of a head's first block, of a weight.
 
     Args:
         columns: heads of all queries of a tile.
@@ -60,108 +85,104 @@ class Queries:
     """
 
     def __init__(self, columns: int, d: int) -> None:
-        self.columns, self.d, self.lines = columns, d, d // (LINE // 2)
-        self.rows = LAYING * 32 // d  # that are laid out together, a multiple of 8
-        self.blocks = -(-columns // self.rows) * LAYING
-        self.kept = -(-columns // LAYING) * LAYING
-        self.bytes = 20 * self.blocks + 4 * self.kept
+        self.columns, self.d, self.per = columns, d, d // BLOCK
+        self.rows = LAYING // self.per  # that are laid out together, a multiple of 8
+        self.rounds = -(-columns // self.rows)
+        self.scales_at = 16 * self.rounds * LAYING
+        self.weights_at = self.scales_at + 4 * self.rounds * LAYING
+        self.bytes = self.weights_at + 4 * self.rounds * self.rows
 
     def _place(self, thread) -> tuple[Int32, Int32]:
         """A thread's first column and its block; eight neighbours have different columns, and store at once."""
-        blocks = self.d // 32
-        return thread // (8 * blocks) * 8 + thread % 8, thread // 8 % blocks
+        return thread // (8 * self.per) * 8 + thread % 8, thread // 8 % self.per
 
     @cute.jit
     def bring(self, waiting: Int32, q, q_scale, weights, few, thread):
         """Begin to copy what this thread will lay out of the queries number ``few``: blocks, their scales, weights."""
         last = q.shape[0] - 1  # what is behind it is of no query
         column, block = self._place(thread)
-        first = few * self.columns + column
-        for i in cutlass.range_constexpr(self.blocks // LAYING):
-            row = Int64(cutlass.min(first + i * self.rows, last))
-            at = i * LAYING + thread
-            source = q.iterator.toint() + row * q.stride[0] + Int64(block * 16)
-            ptx.copy_async(waiting + 16 * at, source)
+        for i in cutlass.range_constexpr(self.rounds):
+            here, at = i * self.rows + column, i * LAYING + thread
+            row = Int64(cutlass.min(few * self.columns + here, last))
+            ptx.copy_async(waiting + 16 * at, q.iterator.toint() + row * q.stride[0] + Int64(block * 16))
             scale = q_scale.iterator.toint() + row * q_scale.stride[0] * 4
-            ptx.copy_async(waiting + (16 * self.blocks + 4 * at), scale, 4)
-        for i in cutlass.range_constexpr(self.kept // LAYING):
-            column = i * LAYING + thread
-            row = Int64(cutlass.min(few * self.columns + column, last))
-            ptx.copy_async(waiting + (20 * self.blocks + 4 * column), weights.iterator.toint() + row * 4, 4)
+            ptx.copy_async(waiting + (self.scales_at + 4 * at), scale, 4)
+            if block == 0:
+                ptx.copy_async(waiting + (self.weights_at + 4 * here), weights.iterator.toint() + row * 4, 4)
 
     @cute.jit
     def lay_out(self, waiting: Int32, tile_q: cute.Pointer, s_w, tile, thread):
-        """As bf16 into the tile of ``tile_q`` where the product expects them, and their weights; after the copies."""
+        """As bytes into the tile of ``tile_q`` where the product expects them, and their weights; after the copies."""
         shared = cute.recast_ptr(tile_q, dtype=cutlass.Uint8)
-        for i in cutlass.range_constexpr(self.kept // LAYING):
-            column = i * LAYING + thread
-            (weight,) = ptx.load_shared(waiting + (20 * self.blocks + 4 * column), 1)
-            if column < self.columns:
-                s_w[column, 0, tile] = ptx.real(weight)
         column, block = self._place(thread)
-        to = []  # where the four pieces of 16 bytes go, of the first row
-        for word in cutlass.range_constexpr(4):
-            piece = block * 4 + word
-            line = (tile * self.lines + piece // 8) * self.columns + column
-            to.append(shared + (line * LINE + (piece % 8 ^ column % 8) * 16))
-        for i in cutlass.range(0, self.blocks // LAYING, unroll=2):
-            at = i * LAYING + thread
-            packed = ptx.load_shared(waiting + 16 * at, 4)
-            (scales,) = ptx.load_shared(waiting + (16 * self.blocks + 4 * at), 1)
-            if i * self.rows + column < self.columns:
-                self._block(to, i * (self.rows * LINE), packed, scales, block)
-
-    @cute.jit
-    def _block(self, to, behind, packed, scales, block):
-        pairs = cute.make_rmem_tensor((16,), Uint32)
-        for word in cutlass.range_constexpr(4):
-            for i, pair in enumerate(spread(packed[word])):
-                pairs[word * 4 + i] = ptx.pair_mul(pair, powers(scales, block)[0])
-        if exponent(scales, block) > Uint32(LARGEST):
-            for i in cutlass.range_constexpr(16):
-                pairs[i] = ptx.pair_mul(pairs[i], powers(scales, block)[1])
-        for word in cutlass.range_constexpr(4):
-            ptx.store_shared(to[word] + behind, [pairs[word * 4 + i] for i in range(4)])
+        turned = column % 8 if self.d == LINE else column // 2 % 4
+        first = shared + (tile * self.columns + column) * self.d
+        to = [first + (block * 2 + half ^ turned) * 16 for half in range(2)]
+        for i in cutlass.range(0, self.rounds, unroll=2):
+            here, at = i * self.rows + column, i * LAYING + thread
+            codes = ptx.load_shared(waiting + 16 * at, 4)
+            (scales,) = ptx.load_shared(waiting + (self.scales_at + 4 * at), 1)
+            e = counted(codes, exponent(scales, block))
+            row = largest(e, (8, 16)[: self.per // 2])
+            if here < self.columns:
+                sizes = table(e, row)
+                for half in cutlass.range_constexpr(2):
+                    words = expand(codes[2 * half], sizes) + expand(codes[2 * half + 1], sizes)
+                    ptx.store_shared(to[half] + i * (self.rows * self.d), words)
+                if block == 0:
+                    (weight,) = ptx.load_shared(waiting + (self.weights_at + 4 * here), 1)
+                    s_w[here, 0, tile] = folded(ptx.real(weight), row)
 
 
 class Expansion:
-    """The kernel: keys as bf16, eight dims in the order of :func:`spread`.
+    """The kernel: keys as bytes with a scale, of which the scores are FP8's.
 
     The scores that follow begin meanwhile, and wait for it before they read keys.
     """
 
     def __init__(self, d: int) -> None:
-        self.words = d // 8  # of a key
+        self.per = d // BLOCK  # of a key; a thread takes one
 
     @cute.jit
-    def __call__(self, values: cute.Tensor, scales: cute.Tensor, out: cute.Tensor, stream: cuda.CUstream):
-        words = out.shape[0] * self.words
-        self.kernel(values, scales, out, words).launch(
-            grid=[(words + THREADS - 1) // THREADS, 1, 1], block=[THREADS, 1, 1], stream=stream
+    def __call__(
+        self, codes: cute.Tensor, scales: cute.Tensor, out: cute.Tensor, factors: cute.Tensor, stream: cuda.CUstream
+    ):
+        blocks = out.shape[0] * self.per
+        self.kernel(codes, scales, out, factors, blocks).launch(
+            grid=[(blocks + THREADS - 1) // THREADS, 1, 1], block=[THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
-    def kernel(self, values: cute.Tensor, scales: cute.Tensor, out: cute.Tensor, words: Int32):
+    def kernel(
+        self, codes: cute.Tensor, scales: cute.Tensor, out: cute.Tensor, factors: cute.Tensor, blocks: Int32
+    ):  # fmt: skip
         cute.arch.griddepcontrol_launch_dependents()
         thread, _, _ = cute.arch.thread_idx()
-        block, _, _ = cute.arch.block_idx()
-        at = block * THREADS + thread
-        if at < words:
-            key, word = Int64(at // self.words), at % self.words
-            (codes,) = ptx.load(values.iterator + (key * values.stride[0] + word * 4), 1, ptx.STREAMED)
-            (scale,) = ptx.load(scales.iterator + key * scales.stride[0], 1, ptx.STREAMED)
-            pairs = expand(codes, powers(scale, word // 4))
-            ptx.store(out.iterator + (key * out.stride[0] + word * 8), pairs)
+        group, _, _ = cute.arch.block_idx()
+        at = group * THREADS + thread
+        key, block = Int64(cutlass.min(at, blocks - 1) // self.per), thread % self.per
+        words = ptx.load(codes.iterator + (key * codes.stride[0] + block * 16), 4, ptx.STREAMED)
+        (scale,) = ptx.load(scales.iterator + key * scales.stride[0], 1, ptx.STREAMED)
+        e = counted(words, exponent(scale, block))
+        row = largest(e, (1, 2)[: self.per // 2])
+        if at < blocks:
+            sizes = table(e, row)
+            for half in cutlass.range_constexpr(2):
+                bytes_ = expand(words[2 * half], sizes) + expand(words[2 * half + 1], sizes)
+                ptx.store(out.iterator + (key * out.stride[0] + block * BLOCK + half * 16), bytes_)
+            if block == 0:
+                factors[key] = factor(row)
 
 
 def build(d: int, arch: str = "", options: str = ""):
-    """A compiled :class:`Expansion`, called with codes, scales and the result."""
+    """A compiled :class:`Expansion`, called with codes, scales, and the bytes and factors to write."""
     keys = launch.symbol()
     return launch.compiled(
         Expansion(d),
         launch.tensor(torch.uint8, keys, d // 2, row=16, align=16),
         launch.strided(torch.int32, keys),
-        launch.tensor(torch.bfloat16, keys, d, row=8, align=16),
+        launch.tensor(torch.float8_e4m3fn, keys, d, row=16, align=16),
+        launch.tensor(torch.float32, keys),
         arch=arch,
         options=options,
     )

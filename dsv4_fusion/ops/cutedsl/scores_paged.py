@@ -4,7 +4,7 @@ A block goes through a contiguous part of all sequences' keys, of the same size 
 are, 64 keys at a time: these are a product's rows, and the heads of all queries of a sequence its columns. One warp
 brings keys, two lay out queries, one writes −inf behind the sequences; two or three warpgroups take the keys in turns,
 each on its own. FP8 is multiplied from shared memory, where TMA has swizzled it. MXFP4 comes as it is, and a thread
-expands to bf16 in registers what the product wants of it there: dims are multiplied in an order in which these are
+expands to e4m3 in registers what the product wants of it there: dims are multiplied in an order in which these are
 whole words of one block, and the queries are laid out in the same order. Where one product has all columns, its sums
 are made while the next product is.
 """
@@ -18,14 +18,14 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 import torch
-from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, Uint32
+from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from . import launch, ptx
 from .scores import GROUP, MINUS_INFINITY, _choose
-from .scores_mxfp4 import LARGEST, exponent, powers, spread
+from .scores_mxfp4 import counted, expand, exponent, factor, largest, table
 from .scores_paged_feed import KEYS, LAYING, WARP, Feed, select_integer
 
 
@@ -45,16 +45,15 @@ class PagedScores(Feed):
         processors: Int32,
         stream: cuda.CUstream,
     ):
-        dtype = Float8E4M3FN if cutlass.const_expr(self.fp8) else BFloat16
-        q_layout = self._layout(dtype, self.width, self.tiles_q * self.passes * self.lines)
-        k_layout = self._layout(dtype, KEYS, self.stages) if cutlass.const_expr(self.fp8) else None
+        q_layout = self._layout(Float8E4M3FN, self.width, self.tiles_q * self.passes)
+        k_layout = self._layout(Float8E4M3FN, KEYS, self.stages) if cutlass.const_expr(self.fp8) else None
         tma_k, k = None, None
         if cutlass.const_expr(self.fp8):
             values = cute.make_tensor(
                 cute.recast_ptr(cache.iterator, dtype=Float8E4M3FN),
                 cute.make_layout((self.page, self.d, cache.shape[0]), stride=(self.d, 1, cache.stride[0])),
             )
-            box = self._layout(dtype, self.rows, 1)
+            box = self._layout(Float8E4M3FN, self.rows, 1)
             tma_k, k = cpasync.make_tiled_tma_atom(
                 cpasync.CopyBulkTensorTileG2SOp(), values, cute.slice_(box, (None, None, 0)), (self.rows, self.d)
             )
@@ -66,12 +65,12 @@ class PagedScores(Feed):
             q_full: cute.struct.MemRange[Int64, self.tiles_q]
             q_empty: cute.struct.MemRange[Int64, self.tiles_q]
             found: cute.struct.MemRange[Int32, self.stages]
-            tile_q: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(q_layout)], 1024]
+            tile_q: cute.struct.Align[cute.struct.MemRange[Float8E4M3FN, cute.cosize(q_layout)], 1024]
             tile_k: cute.struct.Align[cute.struct.MemRange[Float8E4M3FN, self.stages * KEYS * self.row], 1024]
             scales: cute.struct.Align[cute.struct.MemRange[Uint32, self.stages * KEYS], 128]
             weights: cute.struct.Align[cute.struct.MemRange[Float32, self.tiles_q * self.columns], 128]
 
-        self.shared, self.dtype, self.result = Shared, dtype, out.element_type
+        self.shared, self.result = Shared, out.element_type
         most = out.shape[0] * ((out.shape[2] + KEYS - 1) // KEYS)
         self.kernel(tma_k, k, q, q_scale, cache, weights, table, lengths, out, q_layout, k_layout).launch(
             grid=[cutlass.min(most, processors), 1, 1],
@@ -83,7 +82,7 @@ class PagedScores(Feed):
     def _mma(self):
         major = LayoutEnum.ROW_MAJOR.sm90_mma_major_mode()
         source = warpgroup.OperandSource.SMEM if self.fp8 else warpgroup.OperandSource.RMEM
-        dtype = self.dtype
+        dtype = Float8E4M3FN
         return sm90.make_trivial_tiled_mma(dtype, dtype, major, major, Float32, (1, 1, 1), (64, self.width), source)
 
     @cute.kernel
@@ -148,7 +147,7 @@ class PagedScores(Feed):
             s_k = storage.tile_k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
             a = tiled_mma.make_fragment_A(part.partition_A(s_k))
         else:
-            a = cute.make_rmem_tensor(tiled_mma.partition_shape_A((KEYS, self.d)), BFloat16)
+            a = cute.make_rmem_tensor(tiled_mma.partition_shape_A((KEYS, self.d)), Float8E4M3FN)
         shape = tiled_mma.partition_shape_C((KEYS, self.width))
         products = [cute.make_rmem_tensor(shape, Float32) for _ in range(2 if self.apart else self.parts)]
         weight = cute.make_rmem_tensor((self.width // 4,), Float32)
@@ -172,25 +171,25 @@ class PagedScores(Feed):
                 skipped += select_integer(skipped < 0, Int32(self.consumers), Int32(0))
                 if cutlass.const_expr(self.apart):
                     if count > 0:
-                        found = self._begin(storage, a, b, products[0], own, stage, phase, slot, lane)
+                        found, scale = self._begin(storage, a, b, products[0], own, stage, phase, slot, lane)
                         stage, phase = self._next(stage, phase)
                         warpgroup.wait_group(0)
                         for _ in cutlass.range((count - 1) // 2, unroll=1):
                             for turn in cutlass.range_constexpr(2):
                                 after = self._begin(storage, a, b, products[1 - turn], own, stage, phase, slot, lane)
                                 stage, phase = self._next(stage, phase)
-                                self._end_stage(products[turn], weight, to, key, found, own)
+                                self._end_stage(products[turn], weight, to, key, (found, scale), own)
                                 key += self.consumers * KEYS
-                                found = after
+                                found, scale = after
                                 warpgroup.wait_group(0)
                         if count % 2 == 0:
                             after = self._begin(storage, a, b, products[1], own, stage, phase, slot, lane)
                             stage, phase = self._next(stage, phase)
-                            self._end_stage(products[0], weight, to, key, found, own)
+                            self._end_stage(products[0], weight, to, key, (found, scale), own)
                             warpgroup.wait_group(0)
                             self._end_stage(products[1], weight, to, key + self.consumers * KEYS, after, own)
                         else:
-                            self._end_stage(products[0], weight, to, key, found, own)
+                            self._end_stage(products[0], weight, to, key, (found, scale), own)
                 else:
                     for _ in cutlass.range(count, unroll=1):
                         cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, phase)
@@ -210,29 +209,51 @@ class PagedScores(Feed):
         after = stage + self.consumers
         return select_integer(after >= self.stages, after - self.stages, after), phase ^ Int32(after >= self.stages)
 
-    def _begin(self, storage, a, b, product, own, stage, phase, slot, lane) -> Uint32:
-        """The product of 64 MXFP4 keys, once they have arrived, in flight on return; whether they are there at all."""
+    def _begin(self, storage, a, b, product, own, stage, phase, slot, lane) -> tuple[Uint32, Float32]:
+        """The product of 64 MXFP4 keys, once they have arrived, in flight on return; for :meth:`_end_stage`."""
         cute.arch.mbarrier_wait(storage.full.data_ptr() + stage, phase)
-        words, scales, found = self._take(storage, own, stage, lane)
-        self._expand_and_multiply(a, b, product, words, scales, slot, lane, True)
-        return found
+        rows, found = self._take(storage, a, own, stage, lane)
+        self._multiply_words(a, b, product, slot)
+        return found, factor(ptx.select(lane & 1 == 1, rows[1], rows[0]))
 
-    def _take(self, storage, own, stage, lane):
-        """Of a stage of MXFP4 keys this thread's part of two, their scales, and which pages were found; released."""
-        rows, per = [stage * KEYS + own + 8 * i for i in range(2)], self.d // 32
-        scales = [ptx.load_shared(storage.scales.data_ptr() + row, 1)[0] for row in rows]
+    def _take(self, storage, a, own, stage, lane) -> tuple[list[Uint32], Uint32]:
+        """Of a stage of MXFP4 keys this thread's part of two, as bytes in ``a``: their rows' exponents, and which pages
+        were found. The stage is released.
+
+        A word of either row gives a step of 32 dims.
+        """
+        keys, per = [stage * KEYS + own + 8 * i for i in range(2)], self.d // 32
+        scales = [ptx.load_shared(storage.scales.data_ptr() + key, 1)[0] for key in keys]
         found = ptx.load_shared(storage.found.data_ptr() + stage, 1)[0]
         values = storage.tile_k.data_ptr() + lane % 4 * (4 * per)
-        words = [ptx.load_shared(values + row * self.row, per) for row in rows]
+        words = [ptx.load_shared(values + key * self.row, per) for key in keys]
         self._release(storage, stage)
-        return words, scales, found
+        own = [counted(words[i], exponent(scales[i], lane % 4 * per // 4)) for i in range(2)]
+        both = largest(own[0] | own[1] << Uint32(16), (1, 2))
+        rows = [both & Uint32(0xFFFF), both >> Uint32(16)]
+        bytes_ = cute.recast_tensor(a, Uint32)
+        for i in range(2):
+            sizes = table(own[i], rows[i])
+            for word in range(per):
+                for half, expanded in enumerate(expand(words[i][word], sizes)):
+                    bytes_[word * 4 + half * 2 + i] = expanded
+        return rows, found
 
-    def _end_stage(self, product, weight, to, key, found, own) -> None:
+    def _multiply_words(self, a, b, product, place) -> None:
+        """MXFP4 as bytes in ``a``; in flight on return."""
+        tiled_mma = self._mma()
+        warpgroup.fence()
+        for step in range(self.d // 32):
+            tiled_mma.set(warpgroup.Field.ACCUMULATE, step > 0)
+            cute.gemm(tiled_mma, product, a[(None, None, step)], b[(None, None, step, place)], product)
+        warpgroup.commit_group()
+
+    def _end_stage(self, product, weight, to, key, about, own) -> None:
         """Sums over heads of a product that has ended, and their place."""
-        lane = to[-1]
+        lane, (found, scale) = to[-1], about
         later = lane & 1
         for i, sum_ in enumerate(self._sums([product], weight, lane)):
-            self._put(*self._row(to, i), key + 8 * later, sum_, None, self._here(found, own, later))
+            self._put(*self._row(to, i), key + 8 * later, sum_, scale, self._here(found, own, later))
 
     def _here(self, found, own, later) -> Uint32:
         """Whether the page of one of this thread's two keys was found."""
@@ -241,14 +262,15 @@ class PagedScores(Feed):
     def _stage(self, storage, a, b, products, weight, to, key, own, stage, slot):
         """64 keys, from the moment they have arrived."""
         lane = to[-1]
+        later = lane & 1
         if self.fp8:
             scales = [ptx.load_shared(storage.scales.data_ptr() + (stage * KEYS + own + 8 * i), 1)[0] for i in range(2)]
             found = ptx.load_shared(storage.found.data_ptr() + stage, 1)[0]
+            scale = ptx.real(ptx.select(later == 1, scales[1], scales[0]))
         else:
-            words, scales, found = self._take(storage, own, stage, lane)
-        later = lane & 1
+            rows, found = self._take(storage, a, own, stage, lane)
+            scale = factor(ptx.select(later == 1, rows[1], rows[0]))
         here = self._here(found, own, later)
-        scale = ptx.real(ptx.select(later == 1, scales[1], scales[0])) if self.fp8 else None
         count = len(to[0]) // self.passes
         for turn in range(self.passes):
             if self.fp8:
@@ -256,7 +278,7 @@ class PagedScores(Feed):
                 if turn == self.passes - 1:
                     self._release(storage, stage)
             else:
-                self._expand_and_multiply(a, b, products[0], words, scales, slot * self.passes + turn, lane, turn == 0)
+                self._multiply_words(a, b, products[0], slot * self.passes + turn)
                 warpgroup.wait_group(0)
             if self.passes > 1:
                 self._weights(storage, weight, slot * self.passes + turn, lane)
@@ -288,40 +310,6 @@ class PagedScores(Feed):
                 cute.gemm(tiled_mma, product, a[(None, None, at, stage)], b[(None, None, at, place)], product)
         warpgroup.commit_group()
         warpgroup.wait_group(0)
-
-    def _expand_and_multiply(self, a, b, product, words, scales, place, lane, first: bool) -> None:
-        """A word of either row gives two steps of 16 dims; it is expanded while those before are multiplied.
-
-        In flight on return.
-        """
-        tiled_mma = self._mma()
-        pairs = cute.recast_tensor(a, Uint32)
-        per = len(words[0])
-        block = lane % 4 * per // 4
-        factors = [powers(scale, block) for scale in scales]
-        most = [exponent(scale, block) for scale in scales]
-        large = cute.arch.vote_any_sync((most[0] > Uint32(LARGEST)) | (most[1] > Uint32(LARGEST)))
-        for word in range(per):
-            if first:
-                for row in range(2):
-                    for j, pair in enumerate(spread(words[row][word])):
-                        pairs[word * 8 + j * 2 + row] = ptx.pair_mul(pair, factors[row][0])
-                self._enlarge(pairs, word, factors[0][1], factors[1][1], large)
-            warpgroup.fence()
-            for step in range(2):
-                tiled_mma.set(warpgroup.Field.ACCUMULATE, word + step > 0)
-                at = word * 2 + step
-                right = b[(None, None, at % (self.line // 16), place * self.lines + at // (self.line // 16))]
-                cute.gemm(tiled_mma, product, a[(None, None, at)], right, product)
-            warpgroup.commit_group()
-
-    @cute.jit
-    def _enlarge(self, pairs, word: cutlass.Constexpr, first, second, large):
-        """The rest of the factors of both rows, where a scale of the warp's is larger than most are."""
-        if large:
-            for i in cutlass.range_constexpr(4):
-                pairs[word * 8 + i * 2] = ptx.pair_mul(pairs[word * 8 + i * 2], first)
-                pairs[word * 8 + i * 2 + 1] = ptx.pair_mul(pairs[word * 8 + i * 2 + 1], second)
 
     def _sums(self, products, weight, lane):
         """Over heads: of this thread's columns first, then of the four threads that share two keys.
@@ -362,8 +350,7 @@ class PagedScores(Feed):
 
     @cute.jit
     def _put(self, end, start: cute.Pointer, length, mine, key, value, scale, found):
-        if cutlass.const_expr(scale is not None):
-            value = ptx.mul(value, scale)
+        value = ptx.mul(value, scale)
         value = _choose((found != 0) & (key < end), value, ptx.real(Uint32(MINUS_INFINITY)))
         if mine & (key < length):
             cute.make_tensor(start + key, cute.make_layout(1))[0] = value.to(self.result)

@@ -18,7 +18,7 @@ from cutlass.tensor_utils import LayoutEnum
 
 from . import ptx
 from .scores import MINUS_INFINITY, SHARED, _within
-from .scores_mxfp4 import LINE, expand, powers
+from .scores_mxfp4 import counted, expand, exponent, folded, largest, table
 
 KEYS = 64  # of a stage: a page, some neighbours, or a part of one; one warpgroup takes them
 COLUMNS = 128  # of a product, at most: the heads of some queries of a sequence
@@ -28,7 +28,7 @@ NARROW = 64  # columns
 TOGETHER = 64  # dims of FP8 that the tensor core adds; these sums, which it cuts to 14 bits, are added in fp32
 CHUNK = 2048  # keys of which a block looks for those that no query sees
 LAYING = 64  # threads that lay out queries
-AT_ONCE = 4  # pieces of these whose loads are under way; half as many of MXFP4, which takes more registers
+AT_ONCE = 4  # pieces of these whose loads are under way
 WARP = 32
 
 
@@ -51,23 +51,18 @@ class Feed:
         self.width, self.passes = heads * self.share, queries // self.share  # a product's columns; products
         self.consumers = CONSUMERS if self.width <= NARROW else 2
         self.pages, self.rows = max(1, KEYS // page_size), min(KEYS, page_size)  # of a stage, and of a page there
-        size = 1 if fp8 else 2
-        self.line = min(d, LINE // size)  # values of a query that lie together
-        self.lines = d // self.line
         self.row = d if fp8 else d // 2  # bytes of a key
         self.parts = max(1, d // TOGETHER) if fp8 else 1  # sums of a product
         # The sums over heads of one product are made while the next one is in the making
         self.apart = not fp8 and self.passes == 1
-        per_q, per_k = self.columns * (d * size + 4), KEYS * (self.row + 4) + 24
+        per_q, per_k = self.columns * (d + 4), KEYS * (self.row + 4) + 24
         self.tiles_q = 2 if 2 * per_q <= 96 * 1024 else 1
         stages = min(STAGES, (SHARED - 4096 - self.tiles_q * per_q) // per_k)
         self.stages = stages - stages % self.consumers  # one of them has the same ones always, and misses no phase
 
     def _layout(self, dtype, rows: int, stages: int):
-        atom = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, self.line)
-        return cute.tile_to_shape(
-            warpgroup.make_smem_layout_atom(atom, dtype), (rows, self.line, stages), order=(0, 1, 2)
-        )
+        atom = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, self.d)
+        return cute.tile_to_shape(warpgroup.make_smem_layout_atom(atom, dtype), (rows, self.d, stages), order=(0, 1, 2))
 
     # What there is to do
 
@@ -211,12 +206,16 @@ class Feed:
             last = cutlass.min(self._tiles(lengths, sequence, out.shape[2]), tile + left)
             if last > tile:
                 cute.arch.mbarrier_wait(storage.q_empty.data_ptr() + slot, phase)
-                count = (self.columns + LAYING - 1) // LAYING
+                count = (self.columns + LAYING - 1) // LAYING if cutlass.const_expr(self.fp8) else 0
                 columns = [cutlass.min(i * LAYING + thread, self.columns - 1) for i in range(count)]
                 kept = [weights[Int64(sequence) * self.columns + column] for column in columns]
-                pieces = self.columns * (self.d // 16 if cutlass.const_expr(self.fp8) else 4) // LAYING
-                for i in cutlass.range(0, pieces, unroll=AT_ONCE if self.fp8 else AT_ONCE // 2):
-                    self._lay(storage, q, q_scale, sequence, slot, i * LAYING + thread)
+                pieces = self.columns * self._per() // LAYING
+                together = AT_ONCE if cutlass.const_expr(pieces % AT_ONCE == 0) else 2
+                for i in cutlass.range(0, pieces, together):
+                    some = [(i + j) * LAYING + thread for j in range(together)]
+                    brought = [self._load(q, q_scale, weights, sequence, piece) for piece in some]
+                    for j in cutlass.range_constexpr(together):
+                        self._lay(storage, slot, some[j], brought[j])
                 for i in cutlass.range_constexpr(count):
                     to = storage.weights.data_ptr() + (slot * self.columns + columns[i])
                     ptx.store_shared(to, [ptx.bits(kept[i])])
@@ -230,27 +229,37 @@ class Feed:
             sequence += 1
             tile = Int32(0)
 
-    def _lay(self, storage, q, q_scale, sequence, slot, piece):
-        """16 bytes of FP8, or a quarter of a row of MXFP4, to where the product expects it."""
-        to = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8)
-        per = self.d // 16 if self.fp8 else 4
-        column, part = piece // per, piece % per
-        row = Int64(sequence) * self.columns + column
-        source = q.iterator + row * q.stride[0]
+    def _per(self) -> int:
+        """Pieces of a row that threads take: of 16 bytes in FP8, quarters in MXFP4."""
+        return self.d // 16 if self.fp8 else 4
+
+    def _load(self, q, q_scale, weights, sequence, piece) -> tuple:
+        """A piece of a row; of MXFP4 also its scales and its weight. All loads come before what needs one."""
+        row = Int64(sequence) * self.columns + piece // self._per()
+        source = q.iterator + (row * q.stride[0] + piece % self._per() * (16 if self.fp8 else self.d // 8))
         if self.fp8:
-            place = slot * self.columns + column
-            turned = part ^ (column % 8 if self.d == 128 else column // 2 % 4)
-            ptx.store_shared(to + (place * self.d + turned * 16), ptx.load(source + part * 16, 4))
-            return
-        words = self.d // 32  # of a thread
-        packed = ptx.load(source + part * (4 * words), words)
-        factors = powers(Uint32(q_scale[row]), part * words // 4)
-        place = (slot * self.passes + column // self.width) * self.lines * self.width + column % self.width
-        for word in range(words):
-            for j, pair in enumerate(expand(packed[word], factors)):
-                turned = (word % 2 * 4 + j) ^ (column % 8)
-                at = (place + word // 2 * self.width) * LINE + turned * 16 + part * 4
-                ptx.store_shared(to + at, [pair])
+            return (ptx.load(source, 4),)
+        return ptx.load(source, self.d // 32), Uint32(q_scale[row]), weights[row]
+
+    @cute.jit
+    def _lay(self, storage, slot, piece, loaded):
+        """What :meth:`_load` gives to where the product expects it."""
+        column, part = piece // self._per(), piece % self._per()
+        place = slot * self.columns + column
+        to = cute.recast_ptr(storage.tile_q.data_ptr(), dtype=cutlass.Uint8) + place * self.d
+        mask = column % 8 if cutlass.const_expr(self.d == 128) else column // 2 % 4  # of a row's pieces of 16 bytes
+        if cutlass.const_expr(self.fp8):
+            ptx.store_shared(to + (part ^ mask) * 16, loaded[0])
+        else:
+            packed, scales, weight = loaded
+            e = counted(packed, exponent(scales, part * len(packed) // 4))
+            row = largest(e, (1, 2))
+            sizes = table(e, row)
+            for word in cutlass.range_constexpr(len(packed)):
+                for half, expanded in enumerate(expand(packed[word], sizes)):
+                    ptx.store_shared(to + (((2 * word + half) ^ mask) * 16 + part * 4), [expanded])
+            if part == 0:
+                ptx.store_shared(storage.weights.data_ptr() + place, [ptx.bits(folded(weight, row))])
 
     # The warp that writes where nothing is seen
 
