@@ -2,8 +2,9 @@
 
 Single launches with L2 flushed. Causal: query i of T is at position i · 4 · Tk / T, and sees a quarter as many keys;
 ``all``: every query sees all. The floor of the ragged scores is that of their multiplications, at the bf16 rate that
-was measured in the same run, twice that for FP8, halved where the mask leaves half; that of the paged ones their bytes.
-Inductor runs the eager form as Hugging Face's model writes it, in fp32 on dequantised values, where it fits.
+was measured in the same run, twice that for FP8 and for MXFP4, which is multiplied as FP8, halved where the mask leaves
+half; that of the paged ones their bytes. Inductor runs the eager form as Hugging Face's model writes it, in fp32 on
+dequantised values, where it fits.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def measure(arguments: argparse.Namespace, rows: list[dict]) -> None:
                 given = ragged(format, queries, length, causal)
                 sizes = {"T": queries, "Tk": length, "format": format, "causal": causal}
                 flop = 2 * queries * length * HEADS * DIM / (1 + causal)
-                add("indexer_scores", "floor", flop / rate * 1e-6 / (2 if format == "fp8" else 1), **sizes)
+                add("indexer_scores", "floor", flop / rate * 1e-6 / (1 if format == "bf16" else 2), **sizes)
                 add("indexer_scores", "ours", _harness.flush(lambda g=given: ops.indexer_scores(**g)), **sizes)
                 chosen = _harness.flush(lambda g=given: ops.indexer_topk(**g, top_k=TOP_K))
                 add("indexer_topk", "ours", chosen, top_k=TOP_K, **sizes)

@@ -559,6 +559,22 @@ def test_long_contexts_fit_the_workspace():
 
 
 @pytest.mark.gpu
+def test_the_prefill_of_32768_tokens_takes_less_than_a_gib():
+    """Its queries, keys, weights, a piece of the scores, and the choice: all that there is at a time."""
+    pytest.importorskip("triton")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    q = torch.empty(32768, 64, 128, device="cuda", dtype=torch.bfloat16).normal_()
+    k = torch.empty(8192, 128, device="cuda", dtype=torch.bfloat16).normal_()
+    weights, positions = torch.ones(32768, 64, device="cuda"), torch.arange(32768, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    chosen = ops.indexer_topk(q, k, weights, positions=positions, top_k=512)
+    assert torch.cuda.max_memory_allocated() - before < 2**30
+    seen = (positions + 1) // 4
+    assert torch.equal((chosen >= 0).sum(1), seen.clamp(max=512)) and (chosen < seen.clamp(min=1).unsqueeze(1)).all()
+
+
+@pytest.mark.gpu
 def test_the_number_of_tokens_compiles_nothing():
     triton = pytest.importorskip("triton")
     compiled, hook = [], triton.knobs.runtime.jit_post_compile_hook
