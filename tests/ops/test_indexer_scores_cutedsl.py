@@ -19,7 +19,7 @@ import triton
 from dsv4_fusion import ops
 from dsv4_fusion.ops.cutedsl import indexer_scores as cutedsl_scores
 from dsv4_fusion.ops.cutedsl import scores as ragged_kernel
-from dsv4_fusion.ops.cutedsl import scores_mxfp4
+from dsv4_fusion.ops.cutedsl import scores_mxfp4, scores_pieces
 from dsv4_fusion.ops.cutedsl import scores_paged as paged_kernel
 from dsv4_fusion.ops.indexer_scores import best_ref
 from dsv4_fusion.ops.indexer_scores_paged import _cutedsl_paged_limits
@@ -44,15 +44,15 @@ VARIANTS = [
 def test_pieces_of_work_are_even(limited):
     """As long as they can be, since each has its queries loaded, or as short as they may get."""
     for queries, keys in ((1, 1), (1, 131072), (528, 8192), (600, 131072), (4096, 1024), (4096, 8192), (8192, 32768)):
-        per = ragged_kernel.steps(queries, keys, 64, limited, 132)
-        steps, groups = -(-keys // ragged_kernel.KEYS), -(-queries // 4)
+        per = scores_pieces.steps(queries, keys, 64, limited, 132)
+        steps, groups = -(-keys // scores_pieces.KEYS), -(-queries // 4)
         chunks = -(-steps // per)
         rounds = groups * chunks / 132
-        even = math.ceil(rounds) <= ragged_kernel.EVEN * rounds and (rounds >= ragged_kernel.ROUNDS or not limited)
+        even = math.ceil(rounds) <= scores_pieces.EVEN * rounds and (rounds >= scores_pieces.ROUNDS or not limited)
         assert 1 <= per <= steps
-        assert even or per <= ragged_kernel.FEWEST, (queries, keys, per)
+        assert even or per <= scores_pieces.FEWEST, (queries, keys, per)
         assert chunks == 1 or per <= steps // 2 + 1
-    assert ragged_kernel.steps(4096, 8192, 64, limited, 132) == 64  # every query is loaded once
+    assert scores_pieces.steps(4096, 8192, 64, limited, 132) == 64  # every query is loaded once
 
 
 PAGED = [  # heads, d, queries' dtype, queries, page size, dtypes of table and lengths, a length a query, result
@@ -106,7 +106,7 @@ def test_compiles_for_sm90(variant, tmp_path):
     order = re.findall(r"\b([QH]GMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR|BAR\.ARV)\b", sass)
     product = "QGMMA" if fp8 else "HGMMA"
     one = ["WARPGROUP.ARRIVE"] + [product] * steps
-    terms = ragged_kernel.COLUMNS * 64 // 128  # of a thread, in a stage
+    terms = scores_pieces.COLUMNS * 64 // 128  # of a thread, in a stage
     if ragged_kernel.Scores(heads, d, fp8, "all").parts == 1:
         stage = [*one, "WARPGROUP.DEPBAR", "BAR.ARV", "WARPGROUP.DEPBAR"]
         stages = order.count("BAR.ARV") - 1

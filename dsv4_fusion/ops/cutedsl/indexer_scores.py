@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._library import compiling, layout, new, number
-from . import scores, scores_mxfp4
+from . import scores, scores_mxfp4, scores_pieces
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def scores_into(out, q, k, weights, q_scale, k_scale, start, end, causal, ratio)
         return
     limits = (start, None, end) if causal else (start, end, None)
     kernel, processors = _begin(*_key(q, q_scale, *limits, out.dtype)).result(), _processors(q.device)
-    per = scores.steps(q.shape[1], k.shape[1], q.shape[2], start is not None or end is not None, processors)
+    per = scores_pieces.steps(q.shape[1], k.shape[1], q.shape[2], start is not None or end is not None, processors)
     if q_scale is not None:
         k, k_scale = _expanded(k, k_scale)
     for b in range(q.shape[0]):
@@ -115,7 +115,7 @@ class Ragged:
 
         kernel, processors = _begin(*_key(q, None, start, end, positions, dtype)).result(), _processors(device)
         limited = not (start is None and end is None and positions is None)
-        per = scores.steps(q.shape[0], k.shape[0], q.shape[1], limited, processors)
+        per = scores_pieces.steps(q.shape[0], k.shape[0], q.shape[1], limited, processors)
         q_rows, k_rows, column = _rows(q), _rows(k), _column(weights)
 
         def launch(q, k, weights, q_scale=None, k_scale=None, start=None, end=None, positions=None) -> Tensor:

@@ -8,9 +8,6 @@ warpgroup has two products, one of which is in the making while it sums the othe
 
 from __future__ import annotations
 
-import functools
-import math
-
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -23,21 +20,17 @@ from cutlass.tensor_utils import LayoutEnum
 
 from . import launch, ptx
 from .scores_mxfp4 import LAYING, LINE, Queries
+from .scores_pieces import COLUMNS, KEYS, SLOTS, Pieces, piece_of, rounds_of
 
-COLUMNS = 256  # heads of a block's queries, all together
-KEYS = 128  # of a step, half for each of two warpgroups
-FEWEST = 16  # steps of a piece of work, where there are as many
-EVEN, ROUNDS = 1.04, 4  # how much longer than others a processor may work; pieces that even out their own differences
 GROUP = 128  # threads of a warpgroup
 CONSUMERS = 2
 PART = KEYS // CONSUMERS  # keys of a stage, which one of them takes
 TURNS = 1  # the first of two named barriers
-SLOTS = 4  # pieces of work of which it is known ahead what is visible
 SHARED = 227 * 1024
 MINUS_INFINITY = 0xFF800000
 
 
-class Scores:
+class Scores(Pieces):
     """The kernel: scores of all keys for ``COLUMNS / heads`` queries at a time.
 
     Args:
@@ -183,7 +176,7 @@ class Scores:
         pipeline.pipeline_init_wait(cluster_shape_mn=(1, 1))
 
         length, pieces = out.shape[1], groups * chunks
-        rounds = _rounds(pieces, block, blocks)
+        rounds = rounds_of(pieces, block, blocks)
         if group == 0:
             cute.arch.setmaxregister_decrease(self.registers[0])
             if warp_index == 0:
@@ -193,7 +186,7 @@ class Scores:
                 k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
                 slot = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, SLOTS)
                 for turn in cutlass.range(0, rounds):
-                    piece = _piece(turn, pieces, block, blocks)
+                    piece = piece_of(turn, pieces, block, blocks)
                     few, steps = piece // chunks, self._steps(length, piece % chunks, per)
                     first, last, low, high = self._visible(start, end, out.shape[0], length, few, steps, ratio)
                     if cutlass.const_expr(self.limits != "all"):
@@ -229,7 +222,7 @@ class Scores:
                 if warp_index <= LAYING // 32:
                     q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tiles_q)
                     for turn in cutlass.range(0, rounds):
-                        piece = _piece(turn, pieces, block, blocks)
+                        piece = piece_of(turn, pieces, block, blocks)
                         few, steps = piece // chunks, self._steps(length, piece % chunks, per)
                         first, last, _, _ = self._visible(start, end, out.shape[0], length, few, steps, ratio)
                         if first < last:
@@ -269,7 +262,7 @@ class Scores:
                     self._hand_over(consumer)
             slot = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, SLOTS)
             for turn in cutlass.range(0, rounds):
-                piece = _piece(turn, pieces, block, blocks)
+                piece = piece_of(turn, pieces, block, blocks)
                 few, steps = piece // chunks, self._steps(length, piece % chunks, per)
                 if cutlass.const_expr(self.limits != "all"):
                     ptx.stage_wait(found, slot)
@@ -382,58 +375,6 @@ class Scores:
     def _partition(self, atom, shared, source, layout):
         return cpasync.tma_partition(atom, 0, layout, cute.group_modes(shared, 0, 2), cute.group_modes(source, 0, 2))
 
-    def _ends(self, start, end, query, length, ratio):
-        """The keys that one query sees."""
-        if self.limits == "causal":
-            after = cutlass.max(cutlass.min(Int64(end[query]), Int64(2**31 - 2)) + 1, Int64(0))
-            return Int32(0), cutlass.min(Int32(Uint32(after) // Uint32(ratio)), length)
-        low = Int32(0) if start is None else _within(Int64(start[query]), length)
-        high = length if end is None else _within(Int64(end[query]), length)
-        return low, high
-
-    def _steps(self, length, chunk, per):
-        """All steps of a piece of work: from the first to before the last."""
-        return chunk * per, cutlass.min((chunk + 1) * per, (length + KEYS - 1) // KEYS)
-
-    @cute.jit
-    def _visible(self, start, end, queries, length, few, steps, ratio):
-        """The steps of a piece of work in which some query sees a key, and the limits of the lane's query."""
-        first, last = steps
-        low, high = Int32(0), length
-        if cutlass.const_expr(self.limits != "all"):
-            mine = cute.arch.lane_idx() % self.queries
-            low, high = self._ends(start, end, cutlass.min(few * self.queries + mine, queries - 1), length, ratio)
-            lowest, highest = low, high
-            for bit in cutlass.range_constexpr(self.queries.bit_length() - 1):
-                lowest = cutlass.min(lowest, cute.arch.shuffle_sync_bfly(lowest, offset=1 << bit))
-                highest = cutlass.max(highest, cute.arch.shuffle_sync_bfly(highest, offset=1 << bit))
-            first = cutlass.min(cutlass.max(first, lowest // KEYS), last)
-            last = cutlass.max(cutlass.min(last, (highest + KEYS - 1) // KEYS), first)
-        return first, last, low, high
-
-    def _leave(self, limits, slot, *values) -> None:
-        """What is visible, found by the lanes of a warp, where :meth:`_limits` finds it."""
-        first, last, low, high = values
-        lane, at = cute.arch.lane_idx(), slot * self.slot
-        self._leave_one(limits, at + lane, low, lane < self.queries)
-        self._leave_one(limits, at + self.queries + lane, high, lane < self.queries)
-        self._leave_one(limits, at + 2 * self.queries, first, lane == 0)
-        self._leave_one(limits, at + 2 * self.queries + 1, last, lane == 0)
-
-    @cute.jit
-    def _leave_one(self, limits, at, value, here):
-        if here:
-            limits[at] = value
-
-    def _limits(self, limits, slot, steps, lane):
-        """What :meth:`_leave` has left: the steps, and what the queries see whose sums this thread stores."""
-        if self.limits == "all":
-            return *steps, [None] * self.parts
-        slot = slot * self.slot
-        seen = [limits[slot + 2 * self.queries + i] for i in range(2)]
-        at = [slot + part * self.own + self._query(lane) for part in range(self.parts)]
-        return *seen, [(limits[query], limits[query + self.queries]) for query in at]
-
     # After :meth:`_sums` a thread has the sums of one query of a product, and of one key or of two that are 8 apart
 
     def _query(self, lane):
@@ -530,22 +471,6 @@ class Scores:
             cute.make_tensor(row + key, cute.make_layout(1))[0] = value.to(self.result)
 
 
-def _rounds(pieces, block, blocks) -> Int32:
-    """How many pieces of work a block does."""
-    rounds = pieces // blocks
-    return rounds + Int32(pieces - 1 - _piece(rounds, pieces, block, blocks) < pieces)
-
-
-def _piece(turn, pieces, block, blocks) -> Int32:
-    """A block's piece of work: the last pieces, which may be the longest, are first, and back and forth for balance."""
-    back = turn % 2
-    return pieces - 1 - (turn * blocks + block + back * (blocks - 1 - 2 * block))
-
-
-def _within(limit, length) -> Int32:
-    return Int32(cutlass.max(cutlass.min(limit, Int64(length)), Int64(0)))
-
-
 def _choose(condition, yes: Float32, no: Float32) -> Float32:
     return ptx.real(ptx.select(condition, ptx.bits(yes), ptx.bits(no)))
 
@@ -555,24 +480,6 @@ def _one(fragment: cute.Tensor, index) -> cute.Tensor:
     own = fragment[(None, index, None, None)]
     (value, *others), (stride, *strides) = own.shape, own.stride
     return cute.make_tensor(own.iterator, cute.make_layout((value, 1, *others), stride=(stride, 0, *strides)))
-
-
-@functools.lru_cache(maxsize=256)
-def steps(queries: int, keys: int, heads: int, limited: bool, processors: int) -> int:
-    """Of a piece of work: as many as leave all processors about as much to do, since each piece has its queries loaded.
-
-    Args:
-        queries, keys: how many.
-        heads: of a query.
-        limited: queries see different keys.
-        processors: of the device.
-    """
-    groups, all_ = -(-queries * heads // COLUMNS), -(-keys // KEYS)
-    for chunks in range(1, -(-all_ // FEWEST) + 1):
-        rounds = groups * chunks / processors
-        if math.ceil(rounds) <= EVEN * rounds and (rounds >= ROUNDS or not limited):
-            break
-    return -(-all_ // chunks)
 
 
 def build(
@@ -585,7 +492,7 @@ def build(
     arch: str = "",
     options: str = "",
 ):
-    """A compiled :class:`Scores`, called with its tensors, the ratio, :func:`steps`, and the number of processors.
+    """A compiled :class:`Scores`: of its tensors, the ratio, :func:`~.scores_pieces.steps`, the number of processors.
 
     Args:
         heads, d, limits: as there.

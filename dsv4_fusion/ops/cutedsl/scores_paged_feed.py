@@ -17,8 +17,9 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
 from . import ptx
-from .scores import MINUS_INFINITY, SHARED, _within
+from .scores import MINUS_INFINITY, SHARED
 from .scores_mxfp4 import counted, expand, exponent, folded, largest, table
+from .scores_pieces import within
 
 KEYS = 64  # of a stage: a page, some neighbours, or a part of one; one warpgroup takes them
 COLUMNS = 128  # of a product, at most: the heads of some queries of a sequence
@@ -69,8 +70,8 @@ class Feed:
     def _end(self, lengths, b, query, length) -> Int32:
         """Before which keys a query sees."""
         if self.each:
-            return _within(Int64(lengths[b, query]), length)
-        return _within(cutlass.max(Int64(lengths[b]), Int64(0)) - (self.queries - 1 - query), length)
+            return within(Int64(lengths[b, query]), length)
+        return within(cutlass.max(Int64(lengths[b]), Int64(0)) - (self.queries - 1 - query), length)
 
     def _tiles(self, lengths, b, length) -> Int32:
         """Stages of a sequence, of which some query sees a key."""
