@@ -316,8 +316,10 @@ def assert_close(got: torch.Tensor, tensors: dict, most: int) -> None:
         for name in ("q", "k")
     )
     allowed = 1e-5 * size + scores.cut_off(q, k, tensors["weights"])
+    assert torch.equal(got.cpu() == -torch.inf, ~seen)
     error = (got.cpu().double() - value).abs()
-    assert (error <= allowed)[seen].all() and error[seen].norm() <= scores.TENSOR_CORE * size[seen].norm()
+    assert (error <= allowed.minimum(8 * scores.TENSOR_CORE * size))[seen].all()  # of many terms few lose the most
+    assert error[seen].norm() <= scores.TENSOR_CORE * size[seen].norm()
     return None
 
 
