@@ -129,12 +129,6 @@ def merge(mask: int, ones: Uint32, zeros: Uint32) -> Uint32:
     return _word(f"lop3.b32 {{$w0}}, {{$r0}}, {{$r1}}, {mask:#x}, 0xe4;", ones, zeros)
 
 
-def multiply_add(a: Uint32, b: int, c: int) -> Uint32:
-    """a · b + c modulo 2^32, in one instruction, which compilers take apart if they see the numbers."""
-    code = f"{{ .reg .b32 b, c; mov.b32 b, {b:#x}; mov.b32 c, {c % 2**32:#x}; mad.lo.u32 {{$w0}}, {{$r0}}, b, c; }}"
-    return _word(code, a)
-
-
 # Conversions
 
 
