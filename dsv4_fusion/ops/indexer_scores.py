@@ -13,9 +13,10 @@ mxfp4  [B, S, H, d / 2] uint8     [B, S, H] int32       [B, Tk, d / 2] uint8   [
 ====== ========================== ===================== ====================== ==================
 
 On Hopper the CuTe DSL kernels multiply MXFP4 as FP8, and the tensor cores cut every product of FP8 to 14 bits of the
-largest that it is added to, about 1e-4 of it at most. What MXFP4 is multiplied as has so few bits that nothing is lost
-while the scales of a row's blocks are within a factor of 4, and that of all 1e-4 where they are far apart. Triton's
-kernels multiply it as bf16, and lose nothing.
+largest that it is added to: each loses less than 2^-13 of that one. MXFP4 has so few bits that nothing is lost where
+the scales of a row's blocks are close, as quantisers make them of rows without outliers. Where they are far apart its
+scores are as exact as FP8's: within 2^-10 of the sum of their terms' sizes. Triton's kernels multiply MXFP4 as bf16,
+with sums in fp32, and cut nothing; ``implementation="triton"`` asks for them.
 
 Queries are what :func:`~dsv4_fusion.ops.indexer_q_fp8` and ``indexer_q_mxfp4`` return; keys are quantised likewise.
 Those in pages have operators of their own, in ``indexer_scores_paged.py``.

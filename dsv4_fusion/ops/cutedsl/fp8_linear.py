@@ -30,8 +30,9 @@ STAGED = 128  # rows of the tiles whose stages bring block scales
 FEW = 16  # tokens: with no more, no more rows are loaded
 PAIRS = 32  # rows of 64 tokens: with more, blocks share loads
 # ns of a stage by rows and columns of a tile, with scales of rows and, where one is in a tile's columns, of blocks;
-# measured on an H200 in one round of all processors, from 128 × 128 on in many. Tiles of 16 columns take as long as
-# those of 32, but then twice as many processors load the weight.
+# measured on an H200 in one round of all processors. Two are set, with scales of rows: 64 × 16 took 116, but is to be
+# chosen before 64 × 32 where it lets twice as many processors load the weight; 128 × 128 took 349, but in many rounds
+# 0.7 of what 128 × 192 take.
 STAGE = {
     (64, 16): (105, 157), (64, 32): (108, 163), (64, 64): (146, 187), (64, 128): (267, 258),
     (128, 64): (232, 291), (128, 96): (285, None), (128, 128): (360, 370), (128, 192): (518, None),
