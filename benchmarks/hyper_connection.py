@@ -7,6 +7,7 @@ one call from Python.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import sys
 import time
@@ -90,6 +91,8 @@ def work(name: str, tensors: dict[str, torch.Tensor], implementation: str | None
 
 def tile_kernels(t: dict[str, torch.Tensor]) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     """TileKernels: the new streams and the collapsed one; it has no norm, and its products are TF32."""
+    if importlib.util.find_spec("tilelang.utils.target") is None:  # TileLang 0.1.15 has moved what 1.0.0 imports
+        sys.modules["tilelang.utils.target"] = importlib.import_module("tilelang.backend.target")
     from tile_kernels.modeling.mhc.functional import mhc_post, mhc_pre
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:

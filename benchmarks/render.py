@@ -34,11 +34,12 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md")
 
 TABLE = re.compile(r"(<!-- table: (?P<spec>[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 RATIO = re.compile(r"(<!-- ratio: (?P<spec>[^\n]*?) -->)[^\n]*?(<!-- end -->)")
-MEASURED = {"us", "kernels", "peak_gib", "compile_s", "recall"}  # every other key of a row says what was measured
+MEASURED = {"us", "kernels", "peak_gib", "compile_s", "recall", "error"}  # all other keys say what was measured
 TOKENS = ("T", "M")  # what counts them
 FILE_KEYS = {"gpu", "date", "commit", "versions", "rows"}
 FIRST, LAST = ["eager", "inductor"], ["ours", "floor"]  # the order of impl; the peers come between, by name
-TITLES = {"us": "{unit}", "peak_gib": "peak GiB", "compile_s": "compile s", "recall": "recall in %"}
+TITLES = {"us": "{unit}", "peak_gib": "peak GiB", "compile_s": "compile s"}
+TITLES |= {"recall": "recall in %", "error": "error in 10⁻⁶"}
 UNITS = {"us": ("µs", 1.0), "ms": ("ms", 1e-3), "s": ("s", 1e-6)}
 
 Row = dict[str, Any]
@@ -86,7 +87,7 @@ def table(spec: str, rows: list[Row]) -> str:
     side, top = wanted.pop("rows", "impl"), wanted.pop("columns", "T")
     values = wanted.pop("values", "us").split(",")
     unit, factor = UNITS[wanted.pop("unit", "us")]
-    factors = {"us": factor, "recall": 100.0}
+    factors = {"us": factor, "recall": 100.0, "error": 1e6}
 
     rows = [
         row

@@ -12,6 +12,9 @@ scaling     x_scale        w_scale
 ``block``   [..., G]       [ceil(N / 128), G]
 ==========  =============  ===========================
 
+The quantiser's block scales of an activation lie with those of a group next to each other (:func:`block_scales`): a
+tile of tokens needs one group of them at a time. Products take any strides.
+
 ``tensor`` and ``token`` mix. Scales are fp32, or float8_e8m0fnu, which holds powers of two.
 
 Batch invariance: what a row's result depends on is the order in which its K products are added, and that is the same
@@ -24,6 +27,8 @@ Nondeterminism in LLM Inference", for batch invariance.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,7 +71,8 @@ def quantize_fp8_ref(
     y = (rows.float() / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX)
     y = torch.where(finite.unsqueeze(-1), y, torch.nan).to(torch.float8_e4m3fn)
     y = y.view(x.shape) if scaling == "tensor" else y.flatten(-2)[..., :size].contiguous()
-    return y, torch.where(finite, scale, torch.nan)
+    scale = torch.where(finite, scale, torch.nan)
+    return y, block_scales(x, scale.shape).copy_(scale) if scaling == "block" else scale
 
 
 def dequantize_fp8_ref(values: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -136,6 +142,13 @@ def fp8_linear_ref(
 
 
 # What the arguments say
+
+
+def block_scales(like: Tensor, shape: Sequence[Any]) -> Tensor:
+    """Room for block scales [..., G] of an activation, where M of a group are contiguous, at multiples of 16 bytes."""
+    *lead, _ = shape
+    strides = [math.prod(lead[i + 1 :]) for i in range(len(lead))]
+    return like.new_empty_strided([*shape], [*strides, -(-math.prod(lead) // 4) * 4], dtype=torch.float32)
 
 
 def is_block(xq: Tensor, wq: Tensor, x_scale: Tensor, w_scale: Tensor) -> bool:
@@ -319,12 +332,15 @@ def _check_linear(
     refuse_grad([x, w_scale, bias])
 
 
-# Fakes: every output is contiguous
+# Fakes: every output but block scales is contiguous
 
 
 def _fake_quantize(x: Tensor, *, scaling: str = "token", **_: Any) -> tuple[Tensor, Tensor]:
-    lead, groups = x.shape[:-1], 1 if scaling == "token" else -(-x.shape[-1] // GROUP)
-    scale = x.new_empty([1] if scaling == "tensor" else [*lead, groups], dtype=torch.float32)
+    *lead, size = x.shape
+    if scaling == "block":
+        scale = block_scales(x, (*lead, -(-size // GROUP)))
+    else:
+        scale = x.new_empty([1] if scaling == "tensor" else [*lead, 1], dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scale
 
 
@@ -405,8 +421,9 @@ def quantize_fp8(
         implementation: "triton", "reference", or None for the best one usable.
 
     Returns:
-        xq [..., K] float8_e4m3fn; x_scale fp32, [..., 1] per token, [1] per tensor, [..., ceil(K / 128)] per block;
-        both contiguous.
+        xq [..., K] float8_e4m3fn, contiguous; x_scale fp32, [..., 1] per token, [1] per tensor, both contiguous, or
+        [..., ceil(K / 128)] per block, in which those of a group are contiguous and groups lie M apart, rounded up to a
+        multiple of 4: as copy engines read them, and as ``torch._scaled_mm`` and DeepGEMM expect them.
 
     Raises:
         ValueError: wrong shape, dtype, stride or option; an input that requires grad; an implementation asked for by

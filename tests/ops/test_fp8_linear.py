@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # run as
 
 from dsv4_fusion import ops
 from dsv4_fusion.ops import _library
-from tests.ops.interpreted import patch_once_a_launch
+from tests.ops.interpreted import patch_fma, patch_once_a_launch
 
 module = importlib.import_module("dsv4_fusion.ops.fp8_linear")  # the package has the function under that name
 SCALINGS = ("token", "tensor", "block")
@@ -109,6 +109,16 @@ def test_quantiser_takes_the_nearest_code(dtype, scaling, rounding):
         best = (quotient.abs().unsqueeze(-1) - CODES).abs().amin(-1)
         assert torch.equal((codes - quotient).abs(), best)
         assert torch.equal(codes.signbit(), part.signbit())
+
+
+def test_block_scales_of_a_group_are_contiguous():
+    """At multiples of 16 bytes; products take them with any leading dims, and any other strides."""
+    wq, w_scale = weight(48, 272, "block")
+    for shape, strides in (((2, 3, 272), (3, 1, 8)), ((5, 272), (1, 8)), ((272,), (4,)), ((0, 272), (1, 0))):
+        xq, x_scale = ops.quantize_fp8(torch.randn(shape).bfloat16(), scaling="block")
+        assert xq.is_contiguous() and x_scale.stride() == strides and x_scale.shape == (*shape[:-1], 3)
+        expected = ops.scaled_mm_fp8(xq, wq, x_scale.contiguous(), w_scale)
+        assert torch.equal(ops.scaled_mm_fp8(xq, wq, x_scale, w_scale), expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -302,9 +312,12 @@ def compare_quantiser(device: str) -> int:
             expected = ops.quantize_fp8(rows, **option, implementation="reference")
             got = ops.quantize_fp8(rows.to(device), **option, implementation="triton")
             for left, right in zip(got, expected, strict=True):
-                assert left.is_contiguous() and left.dtype == right.dtype
-                assert left.shape == right.shape
-                assert not len(rows) or torch.equal(*(t.cpu().view(torch.uint8) for t in (left, right))), (option, k)
+                assert left.shape == right.shape and left.dtype == right.dtype
+                strides = [[s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1] for t in (left, right)]
+                if len(rows):
+                    assert strides[0] == strides[1]
+                    left, right = (t.cpu().contiguous().view(torch.uint8) for t in (left, right))
+                    assert torch.equal(left, right), (option, k)
             count += 1
     return count
 
@@ -481,6 +494,7 @@ def test_cuda_graph_replay_sees_new_inputs(implementation, m, scaling):
 if __name__ == "__main__":
     if sys.argv[1] == "interpreted":
         patch_once_a_launch()
+        patch_fma()
         print(compare("cpu"))
     else:
         print(digest(sys.argv[1]))

@@ -66,6 +66,7 @@ VARIANTS = [
     (fp8_linear.Tile(128, 96, (1, 1), 128), True, (BYTE, BYTE), None, BF16),
     (fp8_linear.Tile(128, 160, (1, 1), 128), True, (FP32, FP32), BF16, BF16, True),
     (fp8_linear.Tile(128, 192, (1, 1), 128), False, (FP32, FP32), None, FP16),
+    (fp8_linear.Tile(128, 192, (2, 1), 128), False, (FP32, FP32), BF16, BF16),
     (fp8_linear.Tile(128, 192, (1, 1), 128), True, (FP32, FP32), None, BF16, True, True),
 ]
 

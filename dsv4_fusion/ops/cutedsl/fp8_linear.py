@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._library import compiling, layout, new
+from ..fp8_linear import block_scales
 from . import scaled_mm
 
 
@@ -109,18 +110,14 @@ def _matrix(x: Tensor) -> Callable[[Tensor], Tensor] | None:
     return None if x.dim() == 2 else lambda x: x.reshape(-1, k)
 
 
-def _upright(scale: Tensor) -> Tensor:
-    """Block scales [M, G] with those of a group next to each other, at a multiple of 16 bytes."""
-    m, groups = scale.shape
-    return scale.new_empty(groups, -(-m // 4) * 4).t()[:m].copy_(scale)
-
-
 def _scale(scale: Tensor, block: bool, staged: bool, count: int) -> Callable[[Tensor], Tensor] | None:
     """The same for scales: a vector with one for each of ``count`` rows, or a matrix."""
     byte = scale.dtype == torch.float8_e8m0fnu
     if staged:
-        stands = scale.dim() == 2 and scale.stride(0) == 1 and scale.stride(1) % 4 == 0 and scale.data_ptr() % 16 == 0
-        return None if stands else lambda scale: _upright(scale.reshape(-1, scale.shape[-1]))
+        rows = scale.reshape(-1, scale.shape[-1])
+        if rows.stride(0) != 1 or rows.stride(1) % 4 or rows.data_ptr() % 16:
+            return lambda scale: block_scales(scale, rows.shape).copy_(scale.reshape(rows.shape))
+        return None if scale.dim() == 2 else lambda scale: scale.reshape(rows.shape)
     if block and scale.dim() == 2:
         return (lambda scale: scale.view(torch.uint8)) if byte else None
 
@@ -212,17 +209,16 @@ class Linear:
         self, x, wq, w_scale, bias=None, *,
         scaling=None, scale_rounding="none", amax_floor=1e-4, out_dtype=None, **_,
     ) -> Callable[..., Tensor]:  # fmt: skip
-        from ..triton.fp8_linear import quantise_rows
+        from ..triton.fp8_linear import quantize_fp8
 
         scaling = scaling or ("block" if is_block(wq, w_scale) else "token")
         product = self.product_of(wq, scaling)
-        chosen = tile_of(math.prod(x.shape[:-1]), wq.shape[0], is_block(wq, w_scale), _processors(x.device))
-        quantise = (scaling, scale_rounding, amax_floor, chosen.rows == STAGED)
-        xq, x_scale = quantise_rows(x, *quantise)
+        quantise = {"scaling": scaling, "scale_rounding": scale_rounding, "amax_floor": amax_floor}
+        xq, x_scale = quantize_fp8(x, **quantise)
         multiply = product.bind(xq, wq, x_scale, w_scale, bias, out_dtype=out_dtype or x.dtype)
 
         def launch(x, wq, w_scale, bias=None) -> Tensor:
-            xq, x_scale = quantise_rows(x, *quantise)
+            xq, x_scale = quantize_fp8(x, **quantise)
             return multiply(xq, wq, x_scale, w_scale, bias)
 
         return launch

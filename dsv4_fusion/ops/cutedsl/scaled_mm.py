@@ -25,9 +25,8 @@ from . import launch, ptx
 STEP = 128  # k of a stage, and of a promotion
 GROUP = 128  # threads of a warpgroup
 SHARED = 227 * 1024
-BARRIERS = 1024  # bytes kept for them
+ALIGN = 1024  # bytes, of what tiles in shared memory begin at
 OVERLAP = 128  # columns of which registers can hold two sums of a stage, beside the total
-AHEAD = 64  # columns whose scales are loaded before they are needed
 WIDE = 8  # n tiles that are walked together, so that both operands stay in L2
 
 
@@ -67,9 +66,16 @@ class ScaledMM:
         self.threads = (1 + self.consumers) * GROUP
         self.piece = math.gcd(columns, 64)  # columns of one store
         self.pieces = columns // self.piece
-        shared = SHARED - BARRIERS - rows * columns * 2
+        self.vectors = (not blockwise) + bias  # of which a tile needs its columns' values in the end
         self.loaded_bytes = (loaded + columns) * STEP + (4 * rows if staged else 0)
-        self.stages = min(shared // ((rows + columns) * STEP + (4 * rows if staged else 0)), 16)
+        self.stages = max(stages for stages in range(1, 17) if self._shared_bytes(stages) <= SHARED)
+
+    def _shared_bytes(self, stages: int) -> int:
+        """Shared memory with so many stages: what is small, then tiles, which begin at multiples of ``ALIGN``."""
+        small = 2 * 8 * stages + 4 * self.consumers * self.vectors * self.columns
+        small += 128 + 4 * stages * self.rows if self.staged else 4
+        tiles = stages * (self.rows + self.columns) * STEP + self.rows * self.columns * 2
+        return -(-small // ALIGN) * ALIGN + tiles
 
     @cute.jit
     def __call__(
@@ -112,11 +118,13 @@ class ScaledMM:
         @cute.struct
         class Shared:
             barriers: cute.struct.MemRange[cutlass.Int64, self.stages * 2]
-            tile_x: cute.struct.Align[cute.struct.MemRange[x.element_type, cute.cosize(x_layout)], 1024]
-            tile_w: cute.struct.Align[cute.struct.MemRange[w.element_type, cute.cosize(w_layout)], 1024]
+            vectors: cute.struct.MemRange[Float32, self.consumers * self.vectors * self.columns]
             tile_s: cute.struct.Align[cute.struct.MemRange[Float32, self.stages * self.rows if self.staged else 1], 128]
-            tile_out: cute.struct.Align[cute.struct.MemRange[out.element_type, cute.cosize(out_layout)], 1024]
+            tile_x: cute.struct.Align[cute.struct.MemRange[x.element_type, cute.cosize(x_layout)], ALIGN]
+            tile_w: cute.struct.Align[cute.struct.MemRange[w.element_type, cute.cosize(w_layout)], ALIGN]
+            tile_out: cute.struct.Align[cute.struct.MemRange[out.element_type, cute.cosize(out_layout)], ALIGN]
 
+        assert Shared.size_in_bytes() <= SHARED
         self.shared, self.dtype = Shared, out.element_type
         self.kernel(
             tma_x, x_tma, tma_w, w_tma, tma_s, s_tma, tma_out, out_tma, x_scale, w_scale, bias,
@@ -309,6 +317,7 @@ class ScaledMM:
             result = cute.make_rmem_tensor(shape, self.dtype)
             pieces = to_shared.retile(result)
             part = cute.make_rmem_tensor(cute.shape(d_out)[:3], self.dtype)
+            own_vectors = storage.vectors.data_ptr().toint() + 4 * consumer * self.vectors * self.columns
 
             for tile in cutlass.range(first, tiles, apart):
                 m, n = self._place(tile, m_tiles, n_tiles, at)
@@ -316,11 +325,12 @@ class ScaledMM:
                 column = n * self.columns + 2 * (thread % 4)
                 total.fill(0.0)
                 where = (x_scale, w_scale, s_s, one, out.shape, row, column, row - m * self.rows)
-                factors, down = None, None
+                down, vectors = None, []
                 if cutlass.const_expr(not self.blockwise):
-                    down = [_real(x_scale[cutlass.min(row + 8 * i, out.shape[0] - 1)]) for i in range(2)]
-                if cutlass.const_expr(not self.blockwise and self.columns <= AHEAD):  # beyond it, registers are short
-                    factors = self._columns(w_scale, out.shape[1], column)
+                    down = [_raw(x_scale[cutlass.min(row + 8 * i, out.shape[0] - 1)]) for i in range(2)]
+                    vectors.append(self._share(w_scale, out.shape[1], n, thread))
+                if cutlass.const_expr(self.bias):
+                    vectors.append(self._share(bias, out.shape[1], n, thread))
                 if cutlass.const_expr(self.overlap):
                     self._multiply(stages, ahead, a, b, sums)
                     scales = self._scales(where, Int32(0), ahead.index)
@@ -376,17 +386,14 @@ class ScaledMM:
                         self._promote(total, sums, scales)
                         scales = more
 
-                if cutlass.const_expr(not self.blockwise and self.columns > AHEAD):
-                    factors = self._columns(w_scale, out.shape[1], column)
-                terms = None
-                if cutlass.const_expr(self.bias):
-                    terms = self._columns(bias, out.shape[1], column)
-                self._finish(total, down, factors, terms)
-                result.store(total.load().to(self.dtype))
+                for i in cutlass.range_constexpr(self.vectors):
+                    self._put(vectors[i], own_vectors + 4 * i * self.columns, thread)
                 # The store of the tile before has to have read shared memory
                 if warp_index % 4 == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
                 cute.arch.barrier(barrier_id=1 + consumer, number_of_threads=GROUP)
+                self._finish(total, down, own_vectors, thread)
+                result.store(total.load().to(self.dtype))
                 for piece in cutlass.range_constexpr(self.pieces):
                     for value in cutlass.range_constexpr(cute.size(part)):
                         part[value] = pieces[piece * cute.size(part) + value]
@@ -451,20 +458,32 @@ class ScaledMM:
                 term = term * scales[0]
             total[i] = total[i] + term
 
-    def _finish(self, total, rows, columns, terms) -> None:
-        """Scales of rows, and the bias."""
-        for i in range(self.columns // 2):
-            at = i // 4 * 2 + i % 2
-            if columns is not None:
-                total[i] = total[i] * rows[i // 2 % 2] * columns[at]
-            if terms is not None:
-                total[i] = total[i] + terms[at]
-
-    def _columns(self, values, n, column):
-        """This thread's ones of a vector of N."""
+    def _share(self, values, n, tile, thread) -> list:
+        """This thread's of a vector of N, as much of it as its warpgroup needs for a tile; nothing waits for them."""
         return [
-            _real(values[cutlass.min(column + 8 * i + j, n - 1)]) for i in range(self.columns // 8) for j in range(2)
+            _raw(values[cutlass.min(tile * self.columns + i + thread, n - 1)]) for i in range(0, self.columns, GROUP)
         ]
+
+    @cute.jit
+    def _put(self, share: list, to: Int32, thread):
+        """Where all of the warpgroup read them."""
+        for i in cutlass.range_constexpr(len(share)):
+            if i * GROUP + thread < self.columns:
+                ptx.store_shared(to + 4 * (i * GROUP + thread), [ptx.bits(_real(share[i]))])
+
+    def _finish(self, total, rows, vectors: Int32, thread) -> None:
+        """Scales of rows, and the bias."""
+        at = vectors + 8 * (thread % 4)
+        rows = None if self.blockwise else [_real(row) for row in rows]
+        for i in range(self.columns // 8 if self.vectors else 0):
+            pairs = [ptx.load_shared(at + 4 * v * self.columns + 32 * i, 2) for v in range(self.vectors)]
+            for j in range(4):
+                value = total[4 * i + j]
+                if not self.blockwise:
+                    value = value * rows[j // 2] * ptx.real(pairs[0][j % 2])
+                if self.bias:
+                    value = value + ptx.real(pairs[-1][j % 2])
+                total[4 * i + j] = value
 
 
 def _raw(value):

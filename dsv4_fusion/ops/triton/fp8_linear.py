@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..fp8_linear import block_scales
 from .indexer import has_e4m3
 from .indexer_row import _bits, _e4m3, _power, widen
 
@@ -36,6 +37,22 @@ def _wide(x, BF16: tl.constexpr):
         return widen(x)
     else:
         return x.to(tl.float32)
+
+
+@triton.jit
+def _quotient(x, scale):
+    """Rows divided by their scales, to nearest: an approximation and its exact remainder, without a division each.
+
+    Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem 7. Scales so small
+    that remainders are no normal numbers are multiplied first.
+    """
+    up = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
+    scale = scale * up
+    inverse = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None], x.shape)
+    x = x * up[:, None]
+    y = x * inverse
+    surplus = tl.fma(y, tl.broadcast_to(scale[:, None], x.shape), -x)
+    return tl.fma(surplus, -inverse, y)  # of -0 this is -0 + -0
 
 
 @triton.jit
@@ -102,7 +119,7 @@ def quantise(
                 scale = ((exact + 0x7FFF + ((exact >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
             else:
                 scale = scale.to(tl.float16).to(tl.float32)
-        y = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+        y = _quotient(x, scale)
     finite = bits < 0x7F800000
     number = finite[:, None] & (y == y)
     y = tl.minimum(tl.maximum(tl.where(number, y, 0.0), -448.0), 448.0)
@@ -120,22 +137,17 @@ def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
-def quantise_rows(x, scaling, scale_rounding, amax_floor, by_group=False):
-    """Values and scales. It may start before the kernel ahead has ended, and the next one before it has; both wait.
-
-    ``by_group`` puts the block scales of a group next to each other, at a multiple of 16 bytes, in a tensor [M, G].
-    """
+def quantize_fp8(x, *, scaling="token", scale_rounding="none", amax_floor=1e-4):
+    """It may start before the kernel ahead has ended, and the next one before it has; both wait."""
     rows = _rows(x)
     tokens, size = rows.shape
     bf16, device = x.dtype == torch.bfloat16, x.device
     groups = triton.cdiv(size, GROUP) if scaling == "block" else 1
-    shape = [1] if scaling == "tensor" else [*x.shape[:-1], groups]
     values = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    if by_group and scaling == "block":
-        scale = x.new_empty([groups, -(-tokens // 4) * 4], dtype=torch.float32).t()[:tokens]
+    if scaling == "block":
+        scale = block_scales(x, (*x.shape[:-1], groups))
     else:
-        scale = x.new_empty(shape, dtype=torch.float32)
-    strides = (1, -(-tokens // 4) * 4) if by_group else (groups, 1)
+        scale = x.new_empty([1] if scaling == "tensor" else [*x.shape[:-1], 1], dtype=torch.float32)
     if tokens == 0:
         return values, scale.fill_(amax_floor / 448.0) if scaling == "tensor" else scale
     partial, partials = None, 0
@@ -153,16 +165,12 @@ def quantise_rows(x, scaling, scale_rounding, amax_floor, by_group=False):
     dependent = _has_dependent_launch(device)
     options = {"launch_pdl": True} if dependent else {}
     quantise[(triton.cdiv(tokens * groups, units),)](
-        rows, partial, values.view(torch.uint8), scale, tokens * groups, groups, size, rows.stride(0), *strides,
-        amax_floor,
+        rows, partial, values.view(torch.uint8), scale, tokens * groups, groups, size, rows.stride(0),
+        1, scale.stride(-1), amax_floor,
         units, block, partials, ROUNDINGS[scale_rounding], bf16, has_e4m3(device), dependent,
         num_warps=warps, enable_fp_fusion=False, **options,
     )  # fmt: skip
     return values, scale
-
-
-def quantize_fp8(x, *, scaling="token", scale_rounding="none", amax_floor=1e-4):
-    return quantise_rows(x, scaling, scale_rounding, amax_floor)
 
 
 # The product
@@ -179,7 +187,7 @@ def load_scale(ptr, offset, mask, E8M0: tl.constexpr):
         return tl.load(ptr + offset, mask=mask, other=1.0)
 
 
-@triton.jit(do_not_specialize=["M", "x_scale_stride"])
+@triton.jit(do_not_specialize=["M", "x_scale_stride", "x_scale_group"])
 def multiply(
     x_desc,
     w_desc,
@@ -191,6 +199,7 @@ def multiply(
     N,
     K,
     x_scale_stride,
+    x_scale_group,
     w_scale_stride,
     BLOCK: tl.constexpr,
     X_E8M0: tl.constexpr,
@@ -217,7 +226,7 @@ def multiply(
     for k in tl.range(0, K, 128, num_stages=STAGES):
         if BLOCK:
             group = k // 128
-            x_scale = load_scale(x_scale_row, group, here, X_E8M0)
+            x_scale = load_scale(x_scale_row, group * x_scale_group, here, X_E8M0)
             w_scale = load_scale(w_scale_ptr, (first_n // 128) * w_scale_stride + group, k < K, W_E8M0)
         x = x_desc.load([first_m, k])
         w = w_desc.load([first_n, k])
@@ -291,14 +300,15 @@ def _multiply(xq, wq, x_scale, w_scale, bias, out_dtype, dependent=False):
     x_scale = _rows(x_scale) if x_scale.dim() > 1 or xq.dim() == 1 else x_scale.view(1, 1)
     w_scale = w_scale if w_scale.dim() == 2 else w_scale.view(1, 1)
     if block:
-        x_scale, w_scale = x_scale.contiguous(), w_scale.contiguous()
+        w_scale = w_scale.contiguous()
     shape = tile(SMALL if m <= SMALL else MIDDLE if m <= MIDDLE else 0, n, _is_hopper(xq.device))
     options = {"launch_pdl": True} if dependent else {}
     multiply[(triton.cdiv(m, shape.m) * triton.cdiv(n, shape.n),)](
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [shape.m, 128]),
         TensorDescriptor(w, [n, k], [w.stride(0), 1], [shape.n, 128]),
         _bytes(x_scale), _bytes(w_scale), bias, out, m, n, k,
-        x_scale.stride(0) if x_scale.shape[0] > 1 else 0, w_scale.stride(0) if w_scale.shape[0] > 1 else 0,
+        x_scale.stride(0) if x_scale.shape[0] > 1 else 0, x_scale.stride(1),
+        w_scale.stride(0) if w_scale.shape[0] > 1 else 0,
         block, x_scale.dtype != torch.float32, w_scale.dtype != torch.float32,
         shape.m, shape.n, shape.band, shape.stages, dependent,
         num_warps=shape.warps, enable_fp_fusion=False, **options,
@@ -321,7 +331,7 @@ def fp8_linear(
     if scaling is None:
         scaling = "block" if w_scale.dim() == 2 and w_scale.shape[0] != wq.shape[0] else "token"
     dependent = _has_dependent_launch(x.device) and scaling != "tensor"
-    xq, x_scale = quantise_rows(x, scaling, scale_rounding, amax_floor)
+    xq, x_scale = quantize_fp8(x, scaling=scaling, scale_rounding=scale_rounding, amax_floor=amax_floor)
     return _multiply(xq, wq, x_scale, w_scale, bias, out_dtype or x.dtype, dependent)
 
 
