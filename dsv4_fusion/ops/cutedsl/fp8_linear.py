@@ -6,6 +6,7 @@ The quantiser before it is Triton's; the product begins while that runs, and loa
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,7 +28,7 @@ class Tile(NamedTuple):
     loaded: int
 
 
-STAGED = 128  # rows of the tiles whose stages bring block scales
+COPIED = 128  # rows of the tiles for which block scales that lie otherwise are copied
 FEW = 16  # tokens: with no more, no more rows are loaded
 PAIRS = 32  # rows of 64 tokens: with more, blocks share loads
 # ns of a stage by rows and columns of a tile, with scales of rows and, where one is in a tile's columns, of blocks;
@@ -110,14 +111,20 @@ def _matrix(x: Tensor) -> Callable[[Tensor], Tensor] | None:
     return None if x.dim() == 2 else lambda x: x.reshape(-1, k)
 
 
+def _by_group(scale: Tensor) -> bool:
+    """Whether block scales lie as the quantiser leaves them, where the copy engine can read those of a stage."""
+    rows = scale.reshape(-1, scale.shape[-1])
+    return rows.stride(0) == 1 and rows.stride(1) % 4 == 0 and rows.data_ptr() % 16 == 0
+
+
 def _scale(scale: Tensor, block: bool, staged: bool, count: int) -> Callable[[Tensor], Tensor] | None:
     """The same for scales: a vector with one for each of ``count`` rows, or a matrix."""
     byte = scale.dtype == torch.float8_e8m0fnu
     if staged:
-        rows = scale.reshape(-1, scale.shape[-1])
-        if rows.stride(0) != 1 or rows.stride(1) % 4 or rows.data_ptr() % 16:
-            return lambda scale: block_scales(scale, rows.shape).copy_(scale.reshape(rows.shape))
-        return None if scale.dim() == 2 else lambda scale: scale.reshape(rows.shape)
+        shape = scale.reshape(-1, scale.shape[-1]).shape
+        if not _by_group(scale):
+            return lambda scale: block_scales(scale, shape).copy_(scale.reshape(shape))
+        return None if scale.dim() == 2 else lambda scale: scale.reshape(shape)
     if block and scale.dim() == 2:
         return (lambda scale: scale.view(torch.uint8)) if byte else None
 
@@ -145,17 +152,25 @@ class Product:
         return self.bind(*tensors, **options)(*tensors)
 
     def key(
-        self, one: Tile, wq: Tensor, x_scale: torch.dtype, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+        self,
+        one: Tile,
+        wq: Tensor,
+        x_scale: torch.dtype,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        by_group: bool,
     ) -> tuple:
-        """Of a program: what it is compiled for."""
+        """Of a program: what it is compiled for; ``by_group`` is how block scales of x lie."""
         scales, block = (_plain(x_scale), _plain(w_scale.dtype)), is_block(wq, w_scale)
-        staged = block and one.rows == STAGED and scales[0] == torch.float32
+        staged = block and scales[0] == torch.float32 and (by_group or one.rows == COPIED)
         return *one, block, scales, None if bias is None else bias.dtype, dtype, staged, self.dependent
 
     def prepare(self, xq, wq, x_scale, w_scale, bias=None, *, out_dtype=torch.bfloat16, **_) -> None:
         """Begin to compile what any number of tokens will need; the tensors may be fake."""
-        for one in tiles(wq.shape[0], is_block(wq, w_scale), _processors(wq.device)):
-            _begin(*self.key(one, wq, x_scale.dtype, w_scale, bias, out_dtype))
+        every = tiles(wq.shape[0], is_block(wq, w_scale), _processors(wq.device))
+        for one, by_group in itertools.product(every, (True, False)):
+            _begin(*self.key(one, wq, x_scale.dtype, w_scale, bias, out_dtype, by_group))
 
     def bind(self, xq, wq, x_scale, w_scale, bias=None, *, out_dtype=torch.bfloat16, **_) -> Callable[..., Tensor]:
         """A function that does this for tensors with the same metadata."""
@@ -164,7 +179,8 @@ class Product:
         if tokens == 0:
             return lambda *_: new(result, device)
         block, processors = is_block(wq, w_scale), _processors(device)
-        key = self.key(tile_of(tokens, n, block, processors), wq, x_scale.dtype, w_scale, bias, out_dtype)
+        one, by_group = tile_of(tokens, n, block, processors), block and _by_group(x_scale)
+        key = self.key(one, wq, x_scale.dtype, w_scale, bias, out_dtype, by_group)
         kernel, staged = _begin(*key).result(), key[-2]
         fixes = (_matrix(xq), _matrix(wq), _scale(x_scale, block, staged, tokens), _scale(w_scale, block, False, n))
         fixes = [(index, fix) for index, fix in enumerate(fixes) if fix is not None]
@@ -196,7 +212,7 @@ class Linear:
 
     def prepare(self, x, wq, w_scale, bias=None, *, out_dtype=None, **_) -> None:
         for one in tiles(wq.shape[0], is_block(wq, w_scale), _processors(wq.device)):
-            _begin(*self.product.key(one, wq, torch.float32, w_scale, bias, out_dtype or x.dtype))
+            _begin(*self.product.key(one, wq, torch.float32, w_scale, bias, out_dtype or x.dtype, True))
 
     def product_of(self, wq: Tensor, scaling: str) -> Product:
         """The one that loads w early, but not what a kernel just ahead of it makes: a copy of w.
