@@ -7,6 +7,7 @@ devices, shapes, strides and dispatch keys of all tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ ALIGNMENT = 16  # bytes: the longest load of a kernel
 REMEMBERED = 4096  # plans, an operator
 ALIKE = 64  # of them with the same key, among which guards choose
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+_data_ptr, _is_grad_enabled = torch.Tensor.data_ptr, torch.is_grad_enabled
 
 
 class _Form:
@@ -39,24 +41,24 @@ class Plans:
         self._forms: dict[tuple[type, ...], _Form] = {}
         self._count = 0
 
-    def _key(self, form: _Form, tensors: list[torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> tuple:
+    def _key(self, form: _Form, tensors: Sequence[torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> tuple:
         """What is compared before the guards."""
         places: Any = 0
-        for tensor in tensors:
-            places |= tensor.data_ptr()
+        for place in map(_data_ptr, tensors):
+            places |= place
         places %= ALIGNMENT
         if places:  # rare: which of them
             places = tuple([tensor.data_ptr() % ALIGNMENT for tensor in tensors])
         if form.others:
             kwargs = {**kwargs, "": tuple([args[i] for i in form.others])}
-        return (tensors[0].shape if tensors else None, places, torch.is_grad_enabled(), *kwargs.items())
+        return (tensors[0].shape if tensors else None, places, _is_grad_enabled(), *kwargs.items())
 
     def find(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What was kept for a call like this one, or None."""
         form = self._forms.get(tuple(map(type, args)))
         if form is None:
             return None
-        tensors = [args[i] for i in form.tensors]
+        tensors = args if len(form.tensors) == len(args) else [args[i] for i in form.tensors]
         alike = form.plans.get(self._key(form, tensors, args, kwargs), ())
         for index, (guards, plan) in enumerate(alike):
             if guards.check(*tensors):

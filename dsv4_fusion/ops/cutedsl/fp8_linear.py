@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
 COPIED = 128  # rows of the tiles for which block scales that lie otherwise are copied
 FEW = 16  # tokens: with no more, no more rows are loaded
-PAIRS = 32  # rows of 64 tokens: with more, blocks share loads
+PAIRS = 4, 32  # rows of 64 tokens: up to the first, and beyond the second, blocks share loads
 # ns of a stage by rows and columns of a tile, with scales of rows and, where one is in a tile's columns, of blocks;
 # measured on an H200 in one round of all processors. Two are set, with scales of rows: 64 × 16 took 116, but is to be
 # chosen before 64 × 32 where it lets twice as many processors load the weight; 128 × 128 took 349, but in many rounds
@@ -45,8 +45,9 @@ STAGE = {
 def tile(rows: int, outputs: int, block: bool, processors: int) -> Tile:
     """The one with which all are computed soonest, for so many rows of 64 tokens.
 
-    With ``block`` scales, tiles whose columns have more than one are slow, and left out. The largest share loads in
-    pairs, those of w; where there are many, smaller ones too, those of x.
+    With ``block`` scales, tiles whose columns have more than one are slow, and left out. Tiles below each other share
+    loads of w in pairs, where that is most of what is loaded: with few rows, and for the largest tiles. With many,
+    those beside each other share loads of x.
     """
 
     def time(one: tuple[int, int]) -> int:
@@ -54,10 +55,11 @@ def tile(rows: int, outputs: int, block: bool, processors: int) -> Tile:
         return -(-blocks // processors) * STAGE[one][block]
 
     high, columns = min((one for one in STAGE if STAGE[one][block]), key=time)
+    few, many = PAIRS
     cluster = (1, 1)
-    if columns > 128 and rows > 2:
+    if (rows <= few and -(-64 * rows // high) % 2 == 0) or (rows > 2 and columns > 128):
         cluster = (2, 1)
-    elif (high, columns) == (128, 128) and rows > PAIRS:
+    elif rows > many and (high, columns) == (128, 128):
         cluster = (1, 2)
     return Tile(high, columns, cluster, high)
 

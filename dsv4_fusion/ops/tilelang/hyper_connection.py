@@ -261,7 +261,8 @@ class _Operator:
 
     def bind(self, *tensors, norm_weight=None, **options) -> Callable:
         """A function that does this for tensors with the same metadata, and the same options, as quickly as it can."""
-        if len(tensors) < self.arity:
+        short = len(tensors) < self.arity
+        if short:
             tensors = (*tensors, norm_weight)
         key = hidden, held, hc, _, _, norm = self.key(*tensors)
         streams = tensors[1 if self.placed else 0]
@@ -273,9 +274,9 @@ class _Operator:
             results += [layout((*lead, hc), torch.float32), layout((*lead, hc, hc), torch.float32)]
         if self.mixes:
             results.append(layout((*lead, hidden), torch.bfloat16))
-        returned = slice(1, None) if self.placed and self.mixes == "head" else slice(None)
+        unseen = int(self.placed and self.mixes == "head")  # results that are not returned
         if tokens == 0:
-            return lambda *_: _returned(several(results, device)[returned])
+            return lambda *_: _returned(several(results, device)[unseen:])
 
         _, warps, chunks = project_shape(held, mix, hidden, True)
         groups = max(1, _processors(device) // chunks)
@@ -294,19 +295,22 @@ class _Operator:
             if tensor is not None and (fix := _fix(tensor, dtypes[index], leads[index], tokens)) is not None
         ]
         entry = _begin(*key)[wide].result()
-        base_at = self.parameters_at + 1
+        made, numbers, unseen = [*workspace, *results], (groups, *scalars), len(workspace) + unseen
+        plain = not (fixes or short or len(lead) != 1 or (mix and not norm))
 
-        def launch(*tensors):
-            given = list(tensors) if len(tensors) == self.arity else [*tensors, None]
+        def fixed(tensors, outputs) -> list:
+            given = [*tensors, None] if short else list(tensors)
             for index, fix in fixes:
                 given[index] = fix(given[index])
             if mix and not norm:
-                given[-1] = given[base_at]  # stands in, and is not read
-            outputs = several(results, device)
-            given += several(workspace, device)
-            given += outputs if len(lead) == 1 else [out.view(tokens, *out.shape[len(lead) :]) for out in outputs]
-            entry(*given, groups, *scalars)
-            return _returned(outputs[returned])
+                given[-1] = given[self.parameters_at + 1]  # stands in, and is not read
+            room, outputs = outputs[: len(workspace)], outputs[len(workspace) :]
+            return [*given, *room, *(out.view(tokens, *out.shape[len(lead) :]) for out in outputs)]
+
+        def launch(*tensors):
+            outputs = several(made, device)
+            entry(*(tensors + tuple(outputs) if plain else fixed(tensors, outputs)), *numbers)
+            return _returned(outputs[unseen:])
 
         return launch
 
