@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,6 +230,28 @@ def test_no_count_has_a_cutedsl_kernel_of_its_own():
 
     given = [paged_scores(tokens, batch) for batch in (1, 2, 3) for tokens in COUNTS]
     assert len({_key(each["q"], each["block_table"], each["lengths"], 64, None) for each in given}) == 1
+
+
+@pytest.mark.parametrize("name", ["indexer_q_fp8", "indexer_q_mxfp4", "indexer_q_fp8_out", "indexer_q_mxfp4_out"])
+def test_queries_have_two_cutedsl_kernels_which_are_prepared(monkeypatch, name):
+    pytest.importorskip("cutlass")
+    pytest.importorskip("tvm_ffi")
+    from dsv4_fusion.ops.cutedsl import indexer
+
+    begun = []
+
+    def begin(*key):
+        begun.append(key)
+        return SimpleNamespace(result=lambda: None)
+
+    monkeypatch.setattr(indexer, "_begin", begin)
+    operator = getattr(indexer, name)
+    operator.prepare(*queries(7, 1).values(), hadamard=True)
+    prepared = set(begun)
+    begun.clear()
+    for tokens, batch in itertools.product(COUNTS, (1, 2, 3)):
+        operator.bind(*queries(tokens, batch).values(), hadamard=True)
+    assert len(prepared) == 2 and set(begun) == prepared
 
 
 def test_a_kernel_specialised_by_its_tokens_would_be_found():

@@ -409,7 +409,7 @@ def test_bits_at_every_token_count(implementation, name, table, hadamard):
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize(
-    ("heads", "d", "rope"), [(64, 64, 64), (1, 128, 128), (3, 128, 16), (40, 64, 32), (128, 128, 64)]
+    ("heads", "d", "rope"), [(64, 64, 64), (1, 128, 128), (13, 128, 16), (40, 64, 32), (128, 128, 64)]
 )
 def test_other_sizes_and_options(implementation, name, heads, d, rope, hadamard):
     for tokens, option in itertools.product((3, 700), OPTIONS[name]):
@@ -420,16 +420,19 @@ def test_other_sizes_and_options(implementation, name, heads, d, rope, hadamard)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40, 1100])
 @pytest.mark.parametrize("name", OPS)
-def test_strides_on_the_gpu(implementation, name):
-    tensors = arguments(40, 8)
-    expected = getattr(ops, name)(**tensors)
+def test_strides_on_the_gpu(implementation, name, tokens, hadamard):
+    tensors = arguments(tokens, 8)
+    expected = getattr(ops, name)(**tensors, hadamard=hadamard)
     tensors = on_gpu(tensors)
     both = torch.cat([tensors["cos"], tensors["sin"]], 1)
     tensors["cos"], tensors["sin"] = both.chunk(2, 1)
     tensors["q"] = tensors["q"].transpose(0, 1).contiguous().transpose(0, 1)
     tensors["weights"] = torch.cat([tensors["weights"]] * 2, 1)[:, :8]
-    assert_same_bits(getattr(ops, name)(**tensors, implementation=implementation), expected)
+    results = getattr(ops, name)(**tensors, hadamard=hadamard, implementation=implementation)
+    assert_same_bits(results, expected)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@ which is Python over single instructions, runs on NumPy arrays of lanes in place
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import types
@@ -30,11 +31,11 @@ import triton
 from dsv4_fusion.ops.cutedsl import formats, indexer, indexer_cache, rows
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-LANES = rows.LANES
+LANES = [8, 4]
 FLOATS = (torch.float32, torch.bfloat16)
 
 
-# Instructions on NumPy: a word is uint32 [N, LANES] (or one number), a real float32 of the same shape
+# Instructions on NumPy: a word is uint32 [N, lanes] (or one number), a real float32 of the same shape
 
 
 def _words(x):
@@ -48,9 +49,10 @@ def _wide(pair):
 
 
 def _narrow(low, high):
-    """Two float64 or fp32 arrays rounded to pairs of bf16."""
+    """Two float64 or fp32 arrays rounded to pairs of bf16; NaN to PTX's canonical one."""
     halves = [torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.int16).numpy() for x in (low, high)]
-    low, high = (half.view(np.uint16).astype(np.uint32) for half in halves)
+    halves = [half.view(np.uint16).astype(np.uint32) for half in halves]
+    low, high = (np.where(np.isnan(x), np.uint32(0x7FFF), half) for x, half in zip((low, high), halves, strict=True))
     return low | high << np.uint32(16)
 
 
@@ -82,6 +84,15 @@ def _integers_max(a, b):
     return low | high << np.uint32(16)
 
 
+def _pair_of(a, half):
+    a = _words(a) >> np.uint32(16 * half) & np.uint32(0xFFFF)
+    return a | a << np.uint32(16)
+
+
+def _multiply_add(a, b, c):
+    return (np.asarray(a).astype(np.uint64) * np.uint64(b % 2**32) + np.asarray(c).astype(np.uint64)).astype(np.uint32)
+
+
 def _e4m3(*values):
     limited = [np.clip(x, -448, 448) for x in values]
     as_bytes = [
@@ -92,7 +103,7 @@ def _e4m3(*values):
 
 
 def _across(value, distance):
-    return value[:, np.arange(LANES) ^ distance]
+    return value[:, np.arange(value.shape[1]) ^ distance]
 
 
 @pytest.fixture
@@ -109,15 +120,17 @@ def on_numpy(monkeypatch):
         sqrt=np.sqrt,
         maximum=np.fmax,
         select=np.where,
+        multiply_add=_multiply_add,
         unpack=_wide,
         pack_bf16=_narrow,
         pack_e4m3=_e4m3,
         both=lambda half: half << 16 | half,
+        pair_abs=_pairwise(np.abs),
+        pair_of=_pair_of,
         pair_max=_pairwise(np.maximum),
         pair_min=_pairwise(np.minimum),
         pair_max_abs=_pairwise(lambda a, b: np.maximum(abs(a), abs(b)) * np.sign(a) * np.sign(b)),
         integers_max=_integers_max,
-        merge=lambda mask, ones, zeros: ones & np.uint32(mask) | zeros & ~np.uint32(mask),
         pair_mul=_pairwise(np.multiply),
         pair_fma=_pairwise(lambda a, b, c: a * b + c),
         permute=_permute,
@@ -131,12 +144,13 @@ def on_numpy(monkeypatch):
         yield
 
 
-LANE = np.arange(LANES, dtype=np.int32)
+def _lane(lanes: int) -> np.ndarray:
+    return np.arange(lanes, dtype=np.int32)
 
 
-def _scatter(x: torch.Tensor) -> list[list[np.ndarray]]:
+def _scatter(x: torch.Tensor, lanes: int) -> list[list[np.ndarray]]:
     """bf16 [N, d] as the words of every chunk."""
-    words = x.contiguous().view(torch.int32).numpy().view(np.uint32).reshape(len(x), -1, LANES, 4)
+    words = x.contiguous().view(torch.int32).numpy().view(np.uint32).reshape(len(x), -1, lanes, 4)
     return [[words[:, chunk, :, i] for i in range(4)] for chunk in range(words.shape[1])]
 
 
@@ -150,9 +164,9 @@ def _angles(rows_: rows.Rows, cos: torch.Tensor, sin: torch.Tensor) -> list:
     """fp32 [N, R / 2] as the cosines and sines of every chunk; anything where nothing is rotated."""
     plain = (rows_.d - rows_.rope) // 2
     full = [torch.cat([torch.full((len(x), plain), torch.nan), x], 1).numpy() for x in (cos, sin)]
-    full = [x.reshape(len(x), rows_.chunks, LANES, 4) for x in full]
+    full = [x.reshape(len(x), rows_.chunks, rows_.lanes, 4) for x in full]
     return [
-        None if rows_._plain(chunk) == rows.SPAN else [[x[:, chunk, :, i] for i in range(4)] for x in full]
+        None if rows_._plain(chunk) == rows_.span else [[x[:, chunk, :, i] for i in range(4)] for x in full]
         for chunk in range(rows_.chunks)
     ]
 
@@ -172,66 +186,93 @@ def _inputs(d: int, seed: int = 0) -> torch.Tensor:
     return torch.cat([random.bfloat16(), every, grid, near.bfloat16(), special.bfloat16()])
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("floor", [448 * 2.0**-126, 1e-4, 3.5, 3.5 + 2.0**-22])
 @pytest.mark.parametrize("power_of_two", [True, False])
-def test_fp8(on_numpy, d, floor, power_of_two):
+def test_fp8(on_numpy, d, floor, power_of_two, lanes):
     x = _inputs(d)
-    kernel = formats.FP8Rows(d, 0, False, power_of_two)
-    packed, scale = kernel.quantise(_scatter(x), LANE, np.float32(floor))
+    kernel = formats.FP8Rows(d, 0, False, power_of_two, lanes)
+    packed, scale = kernel.quantise(_scatter(x, lanes), _lane(lanes), np.float32(floor))
     values, want = quantise_fp8_ref(x, floor, power_of_two)
     assert torch.equal(_gather(packed), values.view(torch.uint8))
-    for lane in range(LANES):
+    for lane in range(lanes):
         assert torch.equal(torch.from_numpy(scale[:, lane].view(np.int32).copy()), want.view(torch.int32))
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("floor", [MXFP4_FLOOR, 1e-4, 3.0, 3.0 + 2.0**-22])
 @pytest.mark.parametrize("ties", ["even", "zero"])
-def test_mxfp4(on_numpy, d, floor, ties):
+def test_mxfp4(on_numpy, d, floor, ties, lanes):
     x = _inputs(d)
-    kernel = formats.MXFP4Rows(d, 0, False, ties == "even", convert=False)
-    packed, scale = kernel.quantise(_scatter(x), LANE, np.float32(floor))
+    kernel = formats.MXFP4Rows(d, 0, False, ties == "even", convert=False, lanes=lanes)
+    packed, scale = kernel.quantise(_scatter(x, lanes), _lane(lanes), np.float32(floor))
     values, want = quantise_mxfp4_ref(x, floor, ties)
     assert torch.equal(_gather(packed), values)
     for lane in range(4):
         assert torch.equal(torch.from_numpy(_words(scale[:, lane]).view(np.int32)), want)
 
 
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("ties", ["even", "zero"])
+def test_mxfp4_of_every_value_under_an_amax(on_numpy, ties, lanes):
+    """All bf16 values down to 2^-6 of amax, which are more than those that round to a code other than 0."""
+    every = torch.arange(2**15).to(torch.int16).view(torch.bfloat16)
+    blocks = []
+    for exponent, mantissa in itertools.product((-124, -3, 126), (*range(0, 128, 21), 63, 64, 65)):
+        amax = torch.tensor(2.0**exponent * (1 + mantissa / 128)).bfloat16()
+        under = every[(every <= amax) & (every > amax * 2.0**-6)]
+        under = torch.cat([under, -under])
+        under = torch.cat([under, amax.expand(-len(under) % 30)]).view(-1, 30)
+        blocks.append(torch.cat([under, amax.expand(len(under), 1), -amax.expand(len(under), 1)], 1))
+    x = torch.cat(blocks)
+    x = x[: len(x) // 4 * 4].view(-1, 128)
+    kernel = formats.MXFP4Rows(128, 0, False, ties == "even", convert=False, lanes=lanes)
+    packed, scale = kernel.quantise(_scatter(x, lanes), _lane(lanes), np.float32(MXFP4_FLOOR))
+    values, want = quantise_mxfp4_ref(x, MXFP4_FLOOR, ties)
+    assert torch.equal(_gather(packed), values)
+    assert torch.equal(torch.from_numpy(_words(scale[:, 0]).view(np.int32)), want)
+
+
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize(("d", "rope"), [(128, 64), (128, 128), (128, 16), (128, 96), (64, 64), (64, 32)])
-def test_rope(on_numpy, d, rope):
+def test_rope(on_numpy, d, rope, lanes):
     x = _inputs(d)[:256]
     angle = torch.rand(256, rope // 2) * 6
     cos, sin = angle.cos(), angle.sin()
-    kernel = rows.Rows(d, rope, False)
-    got = _gather(kernel.rotate(_scatter(x), _angles(kernel, cos, sin), LANE))
+    kernel = rows.Rows(d, rope, False, lanes)
+    got = _gather(kernel.rotate(_scatter(x, lanes), _angles(kernel, cos, sin), _lane(lanes)))
     assert torch.equal(got, rotate_ref(x, cos, sin).view(torch.uint8))
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("d", [64, 128])
-def test_hadamard(on_numpy, d):
+def test_hadamard(on_numpy, d, lanes):
     x = torch.randn(256, d).bfloat16()
-    assert torch.equal(_gather(rows.Rows(d, 0, True).transform(_scatter(x), LANE)), hadamard_ref(x).view(torch.uint8))
+    got = rows.Rows(d, 0, True, lanes).transform(_scatter(x, lanes), _lane(lanes))
+    assert torch.equal(_gather(got), hadamard_ref(x).view(torch.uint8))
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("d", [64, 128])
-def test_norm(on_numpy, d):
-    x, weight = torch.randn(256, d).bfloat16(), torch.rand(d)
-    factors = weight.numpy().reshape(1, -1, LANES, 8)
-    factors = [[factors[:, chunk, :, i] for i in range(8)] for chunk in range(d // rows.SPAN)]
-    got = rows.Rows(d, 0, False).norm(_scatter(x), factors, np.float32(1e-6))
+def test_norm(on_numpy, d, lanes):
+    x, weight, kernel = torch.randn(256, d).bfloat16(), torch.rand(d), rows.Rows(d, 0, False, lanes)
+    factors = weight.numpy().reshape(1, -1, lanes, 8)
+    factors = [[factors[:, chunk, :, i] for i in range(8)] for chunk in range(kernel.chunks)]
+    got = kernel.norm(_scatter(x, lanes), factors, np.float32(1e-6))
     assert torch.equal(_gather(got), rms_norm_ref(x, weight, 1e-6).view(torch.uint8))
 
 
 # Compilation
 
 
-def _formats(d: int, rope: int, hadamard: bool) -> list[rows.Rows]:
+def _formats(d: int, rope: int, hadamard: bool, lanes: int = rows.LANES) -> list[rows.Rows]:
     return [
-        formats.FP8Rows(d, rope, hadamard, power_of_two=True),
-        formats.FP8Rows(d, rope, hadamard, power_of_two=False),
-        formats.MXFP4Rows(d, rope, hadamard, ties_to_even=True, convert=False),
-        formats.MXFP4Rows(d, rope, hadamard, ties_to_even=False, convert=False),
+        formats.FP8Rows(d, rope, hadamard, power_of_two=True, lanes=lanes),
+        formats.FP8Rows(d, rope, hadamard, power_of_two=False, lanes=lanes),
+        formats.MXFP4Rows(d, rope, hadamard, ties_to_even=True, convert=False, lanes=lanes),
+        formats.MXFP4Rows(d, rope, hadamard, ties_to_even=False, convert=False, lanes=lanes),
     ]
 
 
@@ -246,17 +287,20 @@ def _compile(folder, build, *arguments, arch: str = "sm_90a") -> None:
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("form", range(4))
 @pytest.mark.parametrize(
-    ("d", "rope", "heads", "positions", "angles", "weights", "coarsening"),
+    ("d", "rope", "heads", "positions", "angles", "weights", "many", "dense"),
     [
-        (128, 64, 64, torch.int64, *FLOATS, indexer.FEW),
-        (128, 64, 64, torch.int64, *FLOATS, indexer.MANY[False]),
-        (128, 64, 64, torch.int64, *FLOATS, indexer.MANY[True]),
-        (64, 48, 6, None, torch.bfloat16, torch.float32, indexer.MANY[True]),
+        (128, 64, 64, torch.int64, *FLOATS, False, True),
+        (128, 64, 64, torch.int64, *FLOATS, True, True),
+        (128, 96, 64, torch.int32, *FLOATS, True, False),
+        (128, 64, 5, torch.int64, *FLOATS, False, False),
+        (64, 48, 6, None, torch.bfloat16, torch.float32, True, True),
+        (64, 48, 6, None, torch.bfloat16, torch.float32, True, False),
     ],
 )
-def test_queries_compile(tmp_path, d, rope, heads, positions, angles, weights, coarsening, form, hadamard):
-    kernel = _formats(d, rope, hadamard)[form]
-    _compile(tmp_path, indexer.build, kernel, heads, positions, angles, weights, coarsening)
+def test_queries_compile(tmp_path, d, rope, heads, positions, angles, weights, many, dense, form, hadamard):
+    lanes, coarsening = indexer.shares(heads, hadamard, many)
+    kernel = _formats(d, rope, hadamard, lanes)[form]
+    _compile(tmp_path, indexer.build, kernel, heads, positions, angles, weights, coarsening, dense)
 
 
 @pytest.mark.parametrize("form", range(4))
@@ -273,6 +317,56 @@ def test_keys_compile(tmp_path, d, rope, slots, norm, positions, angles, hadamar
     _compile(tmp_path, indexer_cache.build, kernel, 64, slots, norm, positions, angles)
 
 
-def test_the_convert_instruction_compiles(tmp_path):
-    kernel = formats.MXFP4Rows(128, 64, False, ties_to_even=True, convert=True)
-    _compile(tmp_path, indexer.build, kernel, 64, torch.int64, *FLOATS, indexer.MANY[True], arch="sm_100a")
+@pytest.mark.parametrize("lanes", LANES)
+def test_the_convert_instruction_compiles(tmp_path, lanes):
+    kernel = formats.MXFP4Rows(128, 64, False, ties_to_even=True, convert=True, lanes=lanes)
+    _compile(tmp_path, indexer.build, kernel, 64, torch.int64, *FLOATS, 1, True, arch="sm_100a")
+
+
+# Which kernel a call gets
+
+
+def test_what_a_thread_has():
+    assert {indexer.shares(heads, hadamard, False) for heads in (5, 64) for hadamard in (False, True)} == {(8, 1)}
+    assert indexer.shares(64, False, True) == (8, 2) and indexer.shares(5, False, True) == (8, 1)
+    assert indexer.shares(64, True, True) == indexer.shares(5, True, True) == (4, 1)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _queries(tokens: int, heads: int = 64) -> dict[str, torch.Tensor]:
+    table = {name: _meta(4096, 32, dtype=torch.float32) for name in ("cos", "sin")}
+    positions = _meta(tokens, dtype=torch.int64)
+    return {"q": _meta(tokens, heads, 128), "positions": positions, **table, "weights": _meta(tokens, heads)}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("q", lambda x: _meta(64, 9, 128).transpose(0, 1)),
+        ("q", lambda x: _meta(9, 128, 128)[:, :64]),
+        ("q", lambda x: _meta(2**25, 64, 128)[::2]),  # its rows are far apart
+        ("positions", lambda x: _meta(18, dtype=torch.int64)[::2]),
+        ("cos", lambda x: _meta(4096, 64, dtype=torch.float32)[:, :32]),
+        ("sin", lambda x: _meta(4096, 64, dtype=torch.float32)[:, 32:]),
+        ("weights", lambda x: _meta(9, 128)[:, :64]),
+    ],
+)
+def test_dense_inputs(name, change):
+    given = _queries(9)
+    assert indexer._dense(**given) and indexer._dense(**given | {"positions": None})
+    assert not indexer._dense(**given | {name: change(given[name])})
+
+
+def test_strides_of_single_rows_and_heads_count():
+    """A kernel with constant strides is called with just these."""
+    given = _queries(1, 1)
+    assert indexer._dense(**given)
+    for name, changed in (("q", _meta(1, 2, 128)[:, :1]), ("q", _meta(3, 1, 256)[:1, :, :128])):
+        assert changed.is_contiguous() and not indexer._dense(**given | {name: changed})
+
+
+def test_more_rows_than_32_bits_count_are_not_dense():
+    assert indexer._dense(**_queries(2**22 - 1)) and not indexer._dense(**_queries(2**22))

@@ -6,25 +6,39 @@ multiples of 16 bytes, rows of cos and sin at multiples of four values; compute 
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import Future
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Float32, Int64, Uint32
+from cutlass.cute.runtime import make_fake_tensor
 from torch import Tensor
 
-from .._library import layout, several
+from .._library import compiling, layout, number, several
 from . import launch, ptx
 from .formats import NAN, FP8Rows, MXFP4Rows, rows_of
-from .rows import CHUNK, LANES, SPAN
+from .rows import CHUNK, LANES
 
 THREADS = 128
-FEW, MANY = 1, {False: 2, True: 4}  # heads a thread; of FP8 alone, and of what computes more
-ROWS_FOR_MANY = 131072  # from this many rows on the GPU is full either way, and fewer threads load fewer angles
+MANY_ROWS = 8192  # from so many on, by measurement, a thread does twice as much
 DEFAULTS = {  # of the operators' schemas
     False: {"hadamard": False, "power_of_two_scale": True, "amax_floor": 1e-4},
     True: {"hadamard": False, "ties": "even", "amax_floor": 6 * 2.0**-126},
 }
+
+
+def shares(heads: int, hadamard: bool, many: bool) -> tuple[int, int]:
+    """Lanes a row and heads a thread, for many rows or few.
+
+    Of many, a thread has two heads of a token and loads the angles once, if H is even. With a Hadamard transform a row
+    has half the lanes instead: what they need not exchange costs more than the angles.
+    """
+    if many and hadamard:
+        return LANES // 2, 1
+    return LANES, 2 if many and heads % 2 == 0 else 1
 
 
 class Queries:
@@ -32,14 +46,18 @@ class Queries:
 
     Args:
         rows: the format.
-        heads: H.
+        heads: H, a multiple of ``coarsening``.
         coarsening: heads a thread.
+        dense: q and weights are contiguous, and q has fewer than 2^32 chunks: rows are found by their number.
         threads: of a block.
     """
 
-    def __init__(self, rows: FP8Rows | MXFP4Rows, heads: int, coarsening: int, threads: int = THREADS) -> None:
-        self.rows, self.heads, self.coarsening, self.threads = rows, heads, coarsening, threads
-        self.groups = -(-heads // coarsening)  # of a token
+    def __init__(
+        self, rows: FP8Rows | MXFP4Rows, heads: int, coarsening: int, dense: bool, threads: int = THREADS
+    ) -> None:
+        self.rows, self.heads, self.coarsening, self.dense, self.threads = rows, heads, coarsening, dense, threads
+        self.groups = heads // coarsening  # of a token
+        self.full = self.groups * rows.lanes % threads == 0  # no block has a thread too many
 
     @cute.jit
     def __call__(
@@ -56,7 +74,7 @@ class Queries:
         stream: cuda.CUstream,
     ):
         groups = q.shape[0] * self.groups
-        per_block = self.threads // LANES
+        per_block = self.threads // self.rows.lanes
         self.kernel(q, positions, cos, sin, weights, values, scales, weights_out, floor).launch(
             grid=[(groups + per_block - 1) // per_block, 1, 1], block=[self.threads, 1, 1], use_pdl=True, stream=stream
         )
@@ -77,46 +95,54 @@ class Queries:
         rows, heads, count, d = self.rows, self.heads, self.coarsening, self.rows.d
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
-        lane = thread % LANES
-        groups = Uint32(q.shape[0] * self.groups)
-        group = Uint32(block * (self.threads // LANES) + thread // LANES)
-        inside = group < groups
-        # Threads beyond the end do the last group's work again, and store nothing
-        group = cutlass.min(group, groups - 1)
-        token, first = Int64(group // self.groups), Int32(group % self.groups)
-        # Neighbouring groups have neighbouring heads; a thread's own heads are `groups` apart
-        own = [first + j * self.groups for j in range(count)]
-        if cutlass.const_expr(heads % count):
-            own = [cutlass.min(head, heads - 1) for head in own]
+        lane = thread % rows.lanes
+        group = Uint32(block * (self.threads // rows.lanes) + thread // rows.lanes)
+        inside = True
+        if cutlass.const_expr(not self.full):
+            groups = Uint32(q.shape[0] * self.groups)
+            inside = group < groups
+            # Threads beyond the end do the last group's work again, and store nothing
+            group = cutlass.min(group, groups - 1)
+        token, first = group // Uint32(self.groups), group % Uint32(self.groups)
+        # Neighbouring groups have neighbouring heads; a thread's own heads are `groups` apart. What it loads and stores
+        # is counted from its first chunk; that one's number fits into 32 bits where q is dense
+        row = group if count == 1 else token * Uint32(heads) + first
+        integer = Uint32 if self.dense else Int64
+        chunk_at = Int64(integer(row) * integer(d // CHUNK) + integer(lane))
 
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()  # after the wait: the next kernel may then read what was before
-        # All loads first: they are in flight together
-        base = q.iterator + token * q.stride[0]
-        loaded = [rows.load(base + Int64(head) * q.stride[1], lane) for head in own]
-        # Lane j has the weight and the scale of the thread's head j
-        head = first + lane * self.groups
-        writes = inside & (lane < count) & (head < heads)
-        head = cutlass.min(head, heads - 1)
-        weight = ptx.load_real(weights.iterator + (token * weights.stride[0] + Int64(head) * weights.stride[1]))
-        at = token
+        at = Int64(token)
         if cutlass.const_expr(positions is not None):
-            at = ptx.load_index(positions.iterator + token * positions.stride[0])
+            at = ptx.load_index(positions.iterator + at * positions.stride[0])
+        # All other loads, before anything is done with them: they are in flight together
+        if cutlass.const_expr(self.dense):
+            start, step = q.iterator + chunk_at * CHUNK, self.groups * d
+        else:
+            start = q.iterator + (Int64(token) * q.stride[0] + Int64(first) * q.stride[1] + CHUNK * lane)
+            step = self.groups * q.stride[1]
+        loaded = [rows.load_from(start + j * step) for j in range(count)]
+        # Lane j has the weight and the scale of the thread's head j
+        head = first if count == 1 else first + Uint32(lane) % Uint32(count) * Uint32(self.groups)
+        index = row if count == 1 else token * Uint32(heads) + head
+        weight_at = Int64(index)
+        if cutlass.const_expr(not self.dense):
+            weight_at = Int64(token) * weights.stride[0] + Int64(head) * weights.stride[1]
+        weight = ptx.load_real(weights.iterator + weight_at)
         angles = rows.load_angles(cos.iterator + at * cos.stride[0], sin.iterator + at * sin.stride[0], lane)
 
-        scale = Uint32(0)
+        width = CHUNK * 4 // rows.values  # of a chunk's output, in its elements
+        out, scale = values.iterator + chunk_at * width, Uint32(0)
         for j in cutlass.range_constexpr(count):
-            row = rows.rotate(loaded[j], angles, lane)
+            turned = rows.rotate(loaded[j], angles, lane)
             if cutlass.const_expr(rows.hadamard):
-                row = rows.transform(row, lane)
-            packed, bits = rows.quantise(row, lane, floor)
+                turned = rows.transform(turned, lane)
+            packed, bits = rows.quantise(turned, lane, floor)
             scale = bits if j == 0 else ptx.select(lane == j, bits, scale)
-            stores = inside if heads % count == 0 else inside & (first + j * self.groups < heads)
-            if stores:
-                start = (token * heads + own[j]) * (d * 4 // rows.values)
+            if inside:
                 for chunk in cutlass.range_constexpr(rows.chunks):
-                    offset = (SPAN * chunk + CHUNK * lane) * 4 // rows.values
-                    ptx.store(values.iterator + (start + offset), packed[chunk])
+                    offset = (rows.span * chunk + j * self.groups * d) // CHUNK * width
+                    ptx.store(out + offset, packed[chunk])
 
         folded = weight
         if cutlass.const_expr(scales is None):
@@ -124,11 +150,10 @@ class Queries:
         folded = ptx.bits(ptx.mul(ptx.mul(folded, Float32(d**-0.5)), Float32(heads**-0.5)))
         if cutlass.const_expr(scales is None):
             folded = ptx.select(scale == NAN, Uint32(NAN), folded)
-        if writes:
-            index = token * heads + head
-            ptx.store(weights_out.iterator + index, [folded])
+        if inside & (lane < count):
+            ptx.store(weights_out.iterator + Int64(index), [folded])
             if cutlass.const_expr(scales is not None):
-                ptx.store(scales.iterator + index, [scale])
+                ptx.store(scales.iterator + Int64(index), [scale])
 
 
 def build(
@@ -138,6 +163,7 @@ def build(
     angles: torch.dtype,
     weights: torch.dtype,
     coarsening: int,
+    dense: bool,
     threads: int = THREADS,
     arch: str = "",
     options: str = "",
@@ -145,25 +171,33 @@ def build(
     """A compiled :class:`Queries`, which is called with its tensors and the floor.
 
     Args:
-        rows: the format, with its options.
+        rows: the format, with its options and lanes.
         heads: H.
         positions: dtype of the positions, or None without any.
         angles: dtype of cos and sin.
         weights: dtype of the weights.
         coarsening: heads a thread.
+        dense: the inputs are contiguous, and their strides constants of the kernel.
         threads: of a block.
         arch, options: for the compiler.
     """
     tokens, table = launch.symbol(), launch.symbol()
-    fp8 = isinstance(rows, FP8Rows)
-    table_rows = tokens if positions is None else table
-    table_args = [launch.tensor(angles, table_rows, rows.rope // 2, row=4, align=4 * angles.itemsize) for _ in range(2)]
+    fp8, pairs = isinstance(rows, FP8Rows), rows.rope // 2
+    table = tokens if positions is None else table
+
+    def given(dtype: torch.dtype, *shape, row: int = 0, align: int | None = None):
+        """Of any strides if it is not dense, but for the last one where rows begin at multiples of ``row`` values."""
+        if dense:
+            size, stride, _ = layout(shape, dtype)
+            return make_fake_tensor(launch.DTYPES[dtype], size, stride, assumed_align=align)
+        return launch.tensor(dtype, *shape, row=row, align=align) if row else launch.strided(dtype, *shape)
+
     return launch.compiled(
-        Queries(rows, heads, coarsening, threads),
-        launch.tensor(torch.bfloat16, tokens, heads, rows.d, row=8, align=16),
-        None if positions is None else launch.strided(positions, tokens),
-        *table_args,
-        launch.strided(weights, tokens, heads),
+        Queries(rows, heads, coarsening, dense, threads),
+        given(torch.bfloat16, tokens, heads, rows.d, row=8, align=16),
+        None if positions is None else given(positions, tokens),
+        *(given(angles, table, pairs, row=4, align=4 * angles.itemsize) for _ in range(2)),
+        given(weights, tokens, heads),
         launch.tensor(torch.float8_e4m3fn if fp8 else torch.uint8, tokens, heads, rows.d if fp8 else rows.d // 2),
         None if fp8 else launch.tensor(torch.int32, tokens, heads),
         launch.tensor(torch.float32, tokens, heads),
@@ -173,7 +207,20 @@ def build(
     )
 
 
-_kernels: dict[tuple, object] = {}
+@functools.cache
+def _begin(
+    options: tuple, d: int, heads: int, pairs: int, positions: torch.dtype | None, angles: torch.dtype,
+    weights: torch.dtype, many: bool, dense: bool, device: torch.device,
+) -> Future:  # fmt: skip
+    """Compiles in a thread of its own."""
+    lanes, coarsening = shares(heads, options[1], many)
+
+    def compiled():
+        with torch.cuda.device(device):
+            rows = rows_of(options, d, 2 * pairs, launch.capability(device), lanes)
+            return build(rows, heads, positions, angles, weights, coarsening, dense)
+
+    return compiling().submit(compiled)
 
 
 class _Operator:
@@ -190,15 +237,22 @@ class _Operator:
     def __call__(self, *tensors, **options):
         return self.bind(*tensors, **options)(*tensors)
 
-    def bind(self, q: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor, *_: Tensor, **given):
-        """A function that does this for tensors with the same metadata, and the same options."""
-        (tokens, heads, d), device = q.shape, q.device
+    def key(self, q: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor, *_: Tensor, **given):
+        """What all its kernels are compiled for."""
         options = DEFAULTS[self.mxfp4] | given
-        floor = options.pop("amax_floor")
+        del options["amax_floor"]
         options = ("mxfp4" if self.mxfp4 else "fp8", *options.values())
-        many = MANY[self.mxfp4 or options[1]]
-        coarsening = many if tokens * heads >= ROWS_FOR_MANY else FEW
-        key = (options, d, heads, cos.shape[1], _dtype(positions), cos.dtype, weights.dtype, coarsening, device)
+        return options, q.shape[2], q.shape[1], cos.shape[1], _dtype(positions), cos.dtype, weights.dtype
+
+    def prepare(self, *tensors, **options) -> None:
+        """Begin to compile what any number of tokens will need if they are contiguous; the tensors may be fake."""
+        key = [number(part) for part in self.key(*tensors, **options)]
+        for many in (False, True):
+            _begin(*key, many, True, tensors[0].device)
+
+    def bind(self, *tensors, **options):
+        """A function that does this for tensors with the same metadata, and the same options."""
+        (tokens, heads, d), device = tensors[0].shape, tensors[0].device
         if self.mxfp4:
             results = [layout((tokens, heads, d // 2), torch.uint8), layout((tokens, heads), torch.int32)]
         else:
@@ -206,10 +260,9 @@ class _Operator:
         results.append(layout((tokens, heads), torch.float32))
         if tokens == 0:
             return lambda *_: None if self.out else tuple(several(results, device))
-        if key not in _kernels:
-            rows = rows_of(options, d, 2 * cos.shape[1], launch.capability(device))
-            _kernels[key] = build(rows, heads, *key[4:8])
-        kernel, without_scales = _kernels[key], not self.mxfp4
+        many, dense = tokens * heads >= MANY_ROWS, _dense(*tensors[:5])
+        kernel = _begin(*self.key(*tensors, **options), many, dense, device).result()
+        floor, without_scales = options.get("amax_floor", DEFAULTS[self.mxfp4]["amax_floor"]), not self.mxfp4
 
         def call(*tensors):
             outputs = tensors[5:] if self.out else several(results, device)
@@ -224,6 +277,14 @@ class _Operator:
 
 def _dtype(tensor: Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
+
+
+def _dense(q: Tensor, positions: Tensor | None, cos: Tensor, sin: Tensor, weights: Tensor) -> bool:
+    """Whether the kernel for contiguous inputs takes these. It compares strides of dimensions of size 1 as well, which
+    ``is_contiguous`` does not."""
+    given = [tensor for tensor in (q, positions, cos, sin, weights) if tensor is not None]
+    exact = all(tensor.stride() == layout(tuple(tensor.shape), tensor.dtype)[1] for tensor in given)
+    return exact and q.numel() // CHUNK < 2**32
 
 
 indexer_q_fp8 = _Operator(mxfp4=False, out=False)

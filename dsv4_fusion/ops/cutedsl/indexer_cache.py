@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import launch, ptx
 from .formats import FP8Rows, MXFP4Rows, rows_of
-from .rows import CHUNK, LANES, SPAN
+from .rows import CHUNK, LANES
 
 THREADS = 64  # of a block: small, so that a few tokens already spread over the GPU
 SCALE_BYTES = 4
@@ -95,7 +95,7 @@ class Keys:
             page = cache.iterator + (slot // page_size) * cache.stride[0]
             place = slot % page_size
             for chunk in cutlass.range_constexpr(rows.chunks):
-                offset = (SPAN * chunk + CHUNK * lane) * 4 // rows.values
+                offset = (rows.span * chunk + CHUNK * lane) * 4 // rows.values
                 ptx.store(page + (place * width + offset), packed[chunk])
             if lane == 0:
                 ptx.store(page + (page_size * width + place * SCALE_BYTES), [scale])

@@ -23,6 +23,7 @@ def _float(code: str, *operands) -> Float32:
 
 STREAMED = "ld.relaxed.gpu.global"  # passes the L1 cache by
 CACHED = "ld.global"
+ORDERED = "ld.relaxed.cta.global"  # through the L1 cache
 
 
 def load(pointer, words: int, kind: str = CACHED) -> list[Uint32]:
@@ -124,6 +125,11 @@ def select(condition, yes: Uint32, no: Uint32) -> Uint32:
     return Uint32(cutlass.select_(condition, yes, no))
 
 
+def multiply_add(a: Uint32, b: int, c: Uint32) -> Uint32:
+    """a · b + c of integers, modulo 2^32."""
+    return _word(f"mad.lo.u32 {{$w0}}, {{$r0}}, {b % 2**32:#x}, {{$r1}};", a, c)
+
+
 def merge(mask: int, ones: Uint32, zeros: Uint32) -> Uint32:
     """``ones`` where the mask has ones, ``zeros`` elsewhere, in one instruction."""
     return _word(f"lop3.b32 {{$w0}}, {{$r0}}, {{$r1}}, {mask:#x}, 0xe4;", ones, zeros)
@@ -184,6 +190,17 @@ def _pair(operation: str, *operands: Uint32 | int) -> Uint32:
 def both(half: int) -> int:
     """The word of a pair of equal values."""
     return half << 16 | half
+
+
+def pair_abs(a: Uint32) -> Uint32:
+    """Magnitudes."""
+    return _pair("abs.bf16x2", a)
+
+
+def pair_of(a: Uint32, half: int) -> Uint32:
+    """Both halves one half of ``a``; the assembler lets the instructions that use it choose the half."""
+    code = "{ .reg .b16 h0, h1; mov.b32 {h0, h1}, {$r0}; mov.b32 {$w0}, {hX, hX}; }".replace("X", str(half))
+    return _word(code, a)
 
 
 def pair_max(a: Uint32, b: Uint32 | int) -> Uint32:
