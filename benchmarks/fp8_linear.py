@@ -141,7 +141,7 @@ def tiles(arguments: argparse.Namespace) -> None:
         for scaling, m in itertools.product(arguments.scalings, arguments.tokens):
             t, found = inputs(m, n, k, scaling), []
             product = [t[key] for key in ("xq", "wq", "x_scale", "w_scale")]
-            for chosen in module.TILES.values() if arguments.tiles == "triton" else module.table(m):
+            for chosen in module.TILES.values() if arguments.tiles == "triton" else module.table():
                 setattr(module, name, lambda *_, chosen=chosen: chosen)
                 us = getattr(_harness, timer(m))(lambda: module.scaled_mm_fp8(*product))
                 found.append((us, str(chosen)))

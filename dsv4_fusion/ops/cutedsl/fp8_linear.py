@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 
 COPIED = 128  # rows of the tiles for which block scales that lie otherwise are copied
-FEW = 16  # tokens: with no more, no more rows are loaded
+FEW = (8, 16, 32)  # tokens: with no more, no more rows are loaded
 PAIRS = 4, 32  # rows of 64 tokens: up to the first, and beyond the second, blocks share loads
 # ns of a stage by rows and columns of a tile, with scales of rows and, where one is in a tile's columns, of blocks;
 # measured on an H200 in one round of all processors. Two are set, with scales of rows: 64 × 16 took 116, but is to be
@@ -67,17 +67,17 @@ def tile(rows: int, outputs: int, block: bool, processors: int) -> Tile:
 def tile_of(tokens: int, outputs: int, block: bool, processors: int) -> Tile:
     """For a number of tokens."""
     found = tile(-(-tokens // 64), outputs, block, processors)
-    return found._replace(loaded=FEW) if tokens <= FEW else found
+    return found._replace(loaded=next((few for few in FEW if tokens <= few), found.rows))
 
 
-def table(tokens: int) -> list[Tile]:
-    """Every tile that such a number of tokens could have."""
-    return [Tile(high, columns, (1, 1), FEW if tokens <= FEW and high == 64 else high) for high, columns in STAGE]
+def table() -> list[Tile]:
+    """Every tile, by itself."""
+    return [Tile(high, columns, (1, 1), high) for high, columns in STAGE]
 
 
 def tiles(outputs: int, block: bool, processors: int) -> set[Tile]:
     """All that a weight may need."""
-    return {tile_of(tokens, outputs, block, processors) for tokens in (1, *range(64, 16385, 64))}
+    return {tile_of(tokens, outputs, block, processors) for tokens in (*FEW, *range(64, 16385, 64))}
 
 
 @functools.cache

@@ -27,6 +27,9 @@ GROUP = 128  # threads of a warpgroup
 SHARED = 227 * 1024
 ALIGN = 1024  # bytes, of what tiles in shared memory begin at
 OVERLAP = 128  # columns of which registers can hold two sums of a stage, beside the total
+BOX = 8  # rows of x: what is loaded of a tile is a multiple of them
+SCALES = 32  # scales of rows that are loaded together: the copy engine writes at multiples of 128 bytes
+MISSING = 32  # rows behind the end of M that cost more to fill with zeros than to load the others in pieces
 WIDE = 8  # n tiles that are walked together, so that both operands stay in L2
 
 
@@ -37,8 +40,8 @@ class ScaledMM:
         rows: of x in a tile, 64 for each consumer warpgroup: 64 or 128.
         columns: of the output in a tile: a multiple of 16 up to 192.
         cluster: blocks that share loads, along m (they share w) and along n (they share x).
-        loaded: rows of x that are loaded, where M has no more; the others of a tile are left as they are in shared
-            memory, and what comes of them is not stored.
+        loaded: rows of x that are loaded at most, where M has no more: 8, 16, 32 or all. The others of a tile are left
+            as they are in shared memory, and what comes of them is not stored.
         blockwise: scales of 1×128 blocks of x and 128×128 blocks of w; otherwise of rows of x and of w.
         bias: whether there is one.
         staged: block scales of x come with the stages; their rows are then contiguous, columns begin at multiples of 16
@@ -67,7 +70,6 @@ class ScaledMM:
         self.piece = math.gcd(columns, 64)  # columns of one store
         self.pieces = columns // self.piece
         self.vectors = (not blockwise) + bias  # of which a tile needs its columns' values in the end
-        self.loaded_bytes = (loaded + columns) * STEP + (4 * rows if staged else 0)
         self.stages = max(stages for stages in range(1, 17) if self._shared_bytes(stages) <= SHARED)
 
     def _shared_bytes(self, stages: int) -> int:
@@ -99,14 +101,17 @@ class ScaledMM:
             (64, self.piece, self.consumers * self.pieces),
             order=(0, 1, 2),
         )
-        tma_x, x_tma = self._loads(x, self._operand_layout(x.element_type, self.loaded), self.loaded, self.cluster[1])
+        whole = tuple(self._loads(x, self._operand_layout(x.element_type, self.loaded), self.loaded, self.cluster[1]))
+        parts = [tuple(self._loads(x, self._operand_layout(x.element_type, n), n, 1)) for n in self._parts()]
         tma_w, w_tma = self._loads(w, w_layout, self.columns, self.cluster[0])
         s_layout = cute.make_layout((self.rows, 1, self.stages), stride=(1, self.rows, self.rows))
-        tma_s, s_tma = None, None
+        whole_s, part_s = None, None
         if cutlass.const_expr(self.staged):
-            tma_s, s_tma = cpasync.make_tiled_tma_atom(
-                cpasync.CopyBulkTensorTileG2SOp(), x_scale, cute.slice_(s_layout, (None, None, 0)), (self.rows, 1)
-            )
+            op = cpasync.CopyBulkTensorTileG2SOp()
+            whole_s, part_s = [
+                tuple(cpasync.make_tiled_tma_atom(op, x_scale, cute.make_layout((rows, 1)), (rows, 1)))
+                for rows in (self.loaded, SCALES)
+            ]
         tma_out, out_tma = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileS2GOp(), out, cute.slice_(out_layout, (None, None, 0)), (64, self.piece)
         )
@@ -127,7 +132,7 @@ class ScaledMM:
         assert Shared.size_in_bytes() <= SHARED
         self.shared, self.dtype = Shared, out.element_type
         self.kernel(
-            tma_x, x_tma, tma_w, w_tma, tma_s, s_tma, tma_out, out_tma, x_scale, w_scale, bias,
+            whole, parts, whole_s, part_s, tma_w, w_tma, tma_out, out_tma, x_scale, w_scale, bias,
             x_layout, w_layout, s_layout, out_layout, m_tiles, n_tiles, one,
         ).launch(
             grid=[clusters * size, 1, 1],
@@ -156,12 +161,12 @@ class ScaledMM:
     @cute.kernel
     def kernel(
         self,
-        tma_x: cute.CopyAtom,
-        x: cute.Tensor,
+        whole: tuple[cute.CopyAtom, cute.Tensor],
+        parts: list,
+        whole_s: tuple[cute.CopyAtom, cute.Tensor] | None,
+        part_s: tuple[cute.CopyAtom, cute.Tensor] | None,
         tma_w: cute.CopyAtom,
         w: cute.Tensor,
-        tma_s: cute.CopyAtom | None,
-        s: cute.Tensor | None,
         tma_out: cute.CopyAtom,
         out: cute.Tensor,
         x_scale: cute.Tensor,
@@ -181,7 +186,7 @@ class ScaledMM:
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         group = cute.arch.make_warp_uniform(thread // GROUP)
         if warp_index == 0:
-            cpasync.prefetch_descriptor(tma_x)
+            cpasync.prefetch_descriptor(whole[0])
             cpasync.prefetch_descriptor(tma_w)
             cpasync.prefetch_descriptor(tma_out)
 
@@ -202,7 +207,7 @@ class ScaledMM:
             num_stages=self.stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumers),
-            tx_count=self.loaded_bytes,
+            tx_count=0,  # it depends on the tile
             cta_layout_vmnk=cute.make_layout((1, *self.cluster, 1)),
             defer_sync=True,
         )
@@ -211,30 +216,21 @@ class ScaledMM:
         s_x = storage.tile_x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
         s_w = storage.tile_w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
         s_out = storage.tile_out.get_tensor(out_layout.outer, swizzle=out_layout.inner)
-        if cutlass.const_expr(self.loaded < self.rows):
-            t_x = cute.local_tile(s_x, (self.loaded, STEP, self.stages), (0, 0, 0))
-        else:
-            t_x = s_x
-        g_x = cute.local_tile(x, (self.loaded, STEP), (None, None))
         g_w = cute.local_tile(w, (self.columns, STEP), (None, None))
         g_out = cute.local_tile(out, (64, self.piece), (None, None))
-        to_x, from_x = cpasync.tma_partition(
-            tma_x, at[1], cute.make_layout(self.cluster[1]), cute.group_modes(t_x, 0, 2), cute.group_modes(g_x, 0, 2)
-        )
         to_w, from_w = cpasync.tma_partition(
             tma_w, at[0], cute.make_layout(self.cluster[0]), cute.group_modes(s_w, 0, 2), cute.group_modes(g_w, 0, 2)
         )
         from_out, to_out = cpasync.tma_partition(
             tma_out, 0, cute.make_layout(1), cute.group_modes(s_out, 0, 2), cute.group_modes(g_out, 0, 2)
         )
-        s_s, to_s, from_s = None, None, None
+        x_copies = [self._copies(whole, s_x, self.loaded, STEP, self.cluster[1], at[1])]
+        x_copies += [self._copies(part, s_x, n, STEP) for part, n in zip(parts, self._parts(), strict=True)]
+        s_s, s_copies = None, None
         if cutlass.const_expr(self.staged):
             s_s = storage.tile_s.get_tensor(s_layout)
-            g_s = cute.local_tile(s, (self.rows, 1), (None, None))
-            to_s, from_s = cpasync.tma_partition(
-                tma_s, 0, cute.make_layout(1), cute.group_modes(s_s, 0, 2), cute.group_modes(g_s, 0, 2)
-            )
-        steps = cute.size(g_x, mode=[3])
+            s_copies = [self._copies(whole_s, s_s, self.loaded, 1), self._copies(part_s, s_s, SCALES, 1)]
+        steps = cute.size(from_w, mode=[2])
         tiles = m_tiles * n_tiles
         first, apart = block // size, blocks // size
 
@@ -247,7 +243,7 @@ class ScaledMM:
             if warp_index == 0:
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
                 m, n = self._place(first, m_tiles, n_tiles, at)
-                begun = Int32(0)
+                begun, count = Int32(0), self._count(out.shape[0], m)
                 if cutlass.const_expr(not self.dependent):
                     cute.arch.griddepcontrol_wait()
                 else:
@@ -255,8 +251,7 @@ class ScaledMM:
                     begun = cutlass.min(steps, Int32(self.stages))
                     early = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
                     for step in cutlass.range(begun):
-                        stages.producer_acquire(early)
-                        barrier = stages.producer_get_barrier(early)
+                        barrier = self._acquire(stages, early, count)
                         cute.copy(
                             tma_w, from_w[(None, n, step)], to_w[(None, early.index)],
                             tma_bar_ptr=barrier, mcast_mask=w_mask,
@@ -264,31 +259,19 @@ class ScaledMM:
                         early.advance()
                     cute.arch.griddepcontrol_wait()
                     for step in cutlass.range(begun):
-                        cute.copy(
-                            tma_x, from_x[(None, m, step)], to_x[(None, state.index)],
-                            tma_bar_ptr=stages.producer_get_barrier(state), mcast_mask=x_mask,
-                        )  # fmt: skip
-                        if cutlass.const_expr(self.staged):
-                            cute.copy(
-                                tma_s, from_s[(None, m, step)], to_s[(None, state.index)],
-                                tma_bar_ptr=stages.producer_get_barrier(state),
-                            )  # fmt: skip
+                        barrier = stages.producer_get_barrier(state)
+                        self._bring(x_copies, s_copies, m, step, state.index, count, barrier, x_mask)
                         state.advance()
                 for tile in cutlass.range(first, tiles, apart):
                     m, n = self._place(tile, m_tiles, n_tiles, at)
+                    count = self._count(out.shape[0], m)
                     for step in cutlass.range(begun, steps):
-                        stages.producer_acquire(state)
-                        barrier = stages.producer_get_barrier(state)
-                        cute.copy(
-                            tma_x, from_x[(None, m, step)], to_x[(None, state.index)],
-                            tma_bar_ptr=barrier, mcast_mask=x_mask,
-                        )  # fmt: skip
+                        barrier = self._acquire(stages, state, count)
+                        self._bring(x_copies, s_copies, m, step, state.index, count, barrier, x_mask)
                         cute.copy(
                             tma_w, from_w[(None, n, step)], to_w[(None, state.index)],
                             tma_bar_ptr=barrier, mcast_mask=w_mask,
                         )  # fmt: skip
-                        if cutlass.const_expr(self.staged):
-                            cute.copy(tma_s, from_s[(None, m, step)], to_s[(None, state.index)], tma_bar_ptr=barrier)
                         state.advance()
                     begun = Int32(0)
                 stages.producer_tail(state)
@@ -410,6 +393,61 @@ class ScaledMM:
                     cute.arch.cp_async_bulk_commit_group()
             if warp_index % 4 == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def _parts(self) -> list[int]:
+        """Rows of the pieces in which a tile is loaded that M ends in."""
+        return [n for n in (64, 32, 16, 8) if n <= self.loaded - MISSING]
+
+    def _copies(self, loads, shared, rows: int, width: int, sharers: int = 1, rank: int = 0):
+        """The atom that copies so many rows, and their places: to [_, piece, stage], from [_, piece, step]."""
+        atom, tensor = loads
+        to = cute.group_modes(cute.local_tile(shared, (rows, width), (None, 0, None)), 0, 2)
+        from_ = cute.group_modes(cute.local_tile(tensor, (rows, width), (None, None)), 0, 2)
+        return atom, *cpasync.tma_partition(atom, rank, cute.make_layout(sharers), to, from_)
+
+    def _count(self, rows, m):
+        """Boxes of x that are loaded of a tile: all unless many are missing, and nobody shares them."""
+        all_ = Int32(self.loaded // BOX)
+        if self.cluster[1] > 1 or self.loaded <= MISSING:
+            return all_
+        here = cutlass.max(rows - m * self.rows, Int32(0))  # none beyond the last tile
+        return ptx.select(here > self.loaded - MISSING, all_, (here + (BOX - 1)) // BOX)
+
+    def _acquire(self, stages, state, count):
+        """Wait until a stage is empty; its barrier, which then expects what is loaded."""
+        stages.sync_object_empty.wait(state.index, state.phase)
+        bytes_ = self.columns * STEP + count * (BOX * STEP)
+        if self.staged:
+            rows = count * BOX
+            if self.loaded > MISSING:
+                rows = (rows + (SCALES - 1)) // SCALES * SCALES
+            bytes_ = bytes_ + 4 * rows
+        stages.sync_object_full.arrive_and_expect_tx(state.index, bytes_)
+        return stages.producer_get_barrier(state)
+
+    @cute.jit
+    def _bring(self, x_copies, s_copies, m, step, stage, count, barrier, x_mask):
+        """Begin to load ``count`` boxes of a tile of x, and their scales where they come with the stages."""
+        if count == self.loaded // BOX:
+            atom, to, from_ = x_copies[0]
+            cute.copy(atom, from_[(None, m, step)], to[(None, 0, stage)], tma_bar_ptr=barrier, mcast_mask=x_mask)
+            if cutlass.const_expr(self.staged):
+                atom, to, from_ = s_copies[0]
+                cute.copy(atom, from_[(None, m, step)], to[(None, 0, stage)], tma_bar_ptr=barrier)
+        else:
+            for i in cutlass.range_constexpr(len(x_copies) - 1):  # the largest first, each at a multiple of its rows
+                atom, to, from_ = x_copies[i + 1]
+                boxes = self._parts()[i] // BOX
+                if count & boxes != 0:
+                    at = count // (2 * boxes) * 2
+                    rows = m * (self.rows // BOX // boxes) + at
+                    cute.copy(atom, from_[(None, rows, step)], to[(None, at, stage)], tma_bar_ptr=barrier)
+            if cutlass.const_expr(self.staged):
+                atom, to, from_ = s_copies[1]
+                for i in cutlass.range_constexpr(max(self.loaded - MISSING, 0) // SCALES):
+                    if count > i * (SCALES // BOX):
+                        rows = m * (self.rows // SCALES) + i
+                        cute.copy(atom, from_[(None, rows, step)], to[(None, i, stage)], tma_bar_ptr=barrier)
 
     def _place(self, tile, m_tiles, n_tiles, at):
         """This block's tile of m and of n: ``WIDE`` n tiles beside each other, all m tiles down, then the next."""
