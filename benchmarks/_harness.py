@@ -8,17 +8,30 @@ import json
 import os
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from dsv4_fusion.ops._library import compiling
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = (
     *("torch", "triton", "tilelang", "nvidia-cutlass-dsl", "apache-tvm-ffi", "transformers"),
     *("tile-kernels", "liger-kernel"),
 )
+
+
+def settle() -> None:
+    """Wait until no kernel compiles in the background, which would take the CPU's time from launches."""
+    pool = compiling()
+    threads = pool._max_workers
+    all_idle = threading.Barrier(threads + 1)
+    for _ in range(threads):
+        pool.submit(all_idle.wait)
+    all_idle.wait()
 
 
 def _events(call: Callable[[], object], before: Callable[[], object] = lambda: None, repeats: int = 30) -> float:
@@ -43,6 +56,7 @@ def graph(call: Callable[[], object], calls: int = 20) -> float:
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
+    settle()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         for _ in range(calls):
@@ -61,6 +75,7 @@ def flush(call: Callable[[], object]) -> float:
 
     for _ in range(3):
         call()
+    settle()
     return _events(call, before)
 
 
@@ -68,6 +83,7 @@ def wall(call: Callable[[], object], calls: int = 200) -> float:
     """µs of CPU time a call takes from Python, the GPU not waited for."""
     for _ in range(10):
         call()
+    settle()
     times = []
     for _ in range(10):
         torch.cuda.synchronize()

@@ -167,8 +167,6 @@ def measure(arguments: argparse.Namespace, rows: list[dict], save: Callable[[], 
         print(f"skipped: {what}: {arguments.seconds:.0f} s are over", flush=True)
         return True
 
-    for hidden in arguments.widths:  # what compiles in the background would take the CPU's time from the first calls
-        work("hc_post_pre", inputs(4096, hidden), None)
     for hidden, tokens in itertools.product(arguments.widths, arguments.tokens):
         tensors = inputs(tokens, hidden)
         timer = "graph" if tokens <= 1024 else "flush"

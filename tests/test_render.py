@@ -72,6 +72,13 @@ def test_recall_in_percent(results):
     assert text.splitlines()[:3] == ["| recall in % at data = | gaussian |", "|---|---:|", "| fp8 | 96.4 |"]
 
 
+def test_errors_in_millionths(results):
+    folder, write = results
+    write("2026-11-01", [{"work": "error", "impl": "fp8", "data": "gaussian", "error": 1.28e-4}])
+    text = render.table("error columns=data values=error", render.load(folder))
+    assert text.splitlines()[:3] == ["| error in 10⁻⁶ at data = | gaussian |", "|---|---:|", "| fp8 | 128 |"]
+
+
 def test_several_values(results):
     folder, write = results
     rows = [{"work": "prefill", "impl": impl, "us": 2000.0, "kernels": 50, "S": 4096} for impl in ("eager", "ours")]

@@ -17,6 +17,7 @@ from cutlass import Float32, Int64, Uint32
 from cutlass.cute.runtime import make_fake_tensor
 from torch import Tensor
 
+from .._indexer import MXFP4_FLOOR
 from .._library import compiling, layout, number, several
 from . import launch, ptx
 from .formats import NAN, FP8Rows, MXFP4Rows, rows_of
@@ -26,7 +27,7 @@ THREADS = 128
 MANY_ROWS = 8192  # from so many on, by measurement, a thread does twice as much
 DEFAULTS = {  # of the operators' schemas
     False: {"hadamard": False, "power_of_two_scale": True, "amax_floor": 1e-4},
-    True: {"hadamard": False, "ties": "even", "amax_floor": 6 * 2.0**-126},
+    True: {"hadamard": False, "ties": "even", "amax_floor": MXFP4_FLOOR},
 }
 
 
