@@ -21,19 +21,16 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from . import launch, ptx
+from .scaled_mm_loads import SCALES, STEP, Loads
 
-STEP = 128  # k of a stage, and of a promotion
 GROUP = 128  # threads of a warpgroup
 SHARED = 227 * 1024
 ALIGN = 1024  # bytes, of what tiles in shared memory begin at
 OVERLAP = 128  # columns of which registers can hold two sums of a stage, beside the total
-BOX = 8  # rows of x: what is loaded of a tile is a multiple of them
-SCALES = 32  # scales of rows that are loaded together: the copy engine writes at multiples of 128 bytes
-MISSING = 32  # rows behind the end of M that cost more to fill with zeros than to load the others in pieces
 WIDE = 8  # n tiles that are walked together, so that both operands stay in L2
 
 
-class ScaledMM:
+class ScaledMM(Loads):
     """The kernel for one tile: out[m, n] = Σ_k x[m, k] w[n, k], scaled, plus bias.
 
     Args:
@@ -146,17 +143,6 @@ class ScaledMM:
     def _mma(self):
         fp8, major = cutlass.Float8E4M3FN, LayoutEnum.ROW_MAJOR.sm90_mma_major_mode()
         return sm90.make_trivial_tiled_mma(fp8, fp8, major, major, Float32, (1, 1, 1), (64, self.columns))
-
-    def _operand_layout(self, dtype, extent: int):
-        atom = sm90.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, STEP)
-        return cute.tile_to_shape(
-            warpgroup.make_smem_layout_atom(atom, dtype), (extent, STEP, self.stages), order=(0, 1, 2)
-        )
-
-    def _loads(self, tensor, layout, extent: int, sharers: int):
-        op = cpasync.CopyBulkTensorTileG2SOp() if sharers == 1 else cpasync.CopyBulkTensorTileG2SMulticastOp()
-        one = cute.slice_(layout, (None, None, 0))
-        return cpasync.make_tiled_tma_atom(op, tensor, one, (extent, STEP), num_multicast=sharers)
 
     @cute.kernel
     def kernel(
@@ -393,61 +379,6 @@ class ScaledMM:
                     cute.arch.cp_async_bulk_commit_group()
             if warp_index % 4 == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-    def _parts(self) -> list[int]:
-        """Rows of the pieces in which a tile is loaded that M ends in."""
-        return [n for n in (64, 32, 16, 8) if n <= self.loaded - MISSING]
-
-    def _copies(self, loads, shared, rows: int, width: int, sharers: int = 1, rank: int = 0):
-        """The atom that copies so many rows, and their places: to [_, piece, stage], from [_, piece, step]."""
-        atom, tensor = loads
-        to = cute.group_modes(cute.local_tile(shared, (rows, width), (None, 0, None)), 0, 2)
-        from_ = cute.group_modes(cute.local_tile(tensor, (rows, width), (None, None)), 0, 2)
-        return atom, *cpasync.tma_partition(atom, rank, cute.make_layout(sharers), to, from_)
-
-    def _count(self, rows, m):
-        """Boxes of x that are loaded of a tile: all unless many are missing, and nobody shares them."""
-        all_ = Int32(self.loaded // BOX)
-        if self.cluster[1] > 1 or self.loaded <= MISSING:
-            return all_
-        here = cutlass.max(rows - m * self.rows, Int32(0))  # none beyond the last tile
-        return ptx.select(here > self.loaded - MISSING, all_, (here + (BOX - 1)) // BOX)
-
-    def _acquire(self, stages, state, count):
-        """Wait until a stage is empty; its barrier, which then expects what is loaded."""
-        stages.sync_object_empty.wait(state.index, state.phase)
-        bytes_ = self.columns * STEP + count * (BOX * STEP)
-        if self.staged:
-            rows = count * BOX
-            if self.loaded > MISSING:
-                rows = (rows + (SCALES - 1)) // SCALES * SCALES
-            bytes_ = bytes_ + 4 * rows
-        stages.sync_object_full.arrive_and_expect_tx(state.index, bytes_)
-        return stages.producer_get_barrier(state)
-
-    @cute.jit
-    def _bring(self, x_copies, s_copies, m, step, stage, count, barrier, x_mask):
-        """Begin to load ``count`` boxes of a tile of x, and their scales where they come with the stages."""
-        if count == self.loaded // BOX:
-            atom, to, from_ = x_copies[0]
-            cute.copy(atom, from_[(None, m, step)], to[(None, 0, stage)], tma_bar_ptr=barrier, mcast_mask=x_mask)
-            if cutlass.const_expr(self.staged):
-                atom, to, from_ = s_copies[0]
-                cute.copy(atom, from_[(None, m, step)], to[(None, 0, stage)], tma_bar_ptr=barrier)
-        else:
-            for i in cutlass.range_constexpr(len(x_copies) - 1):  # the largest first, each at a multiple of its rows
-                atom, to, from_ = x_copies[i + 1]
-                boxes = self._parts()[i] // BOX
-                if count & boxes != 0:
-                    at = count // (2 * boxes) * 2
-                    rows = m * (self.rows // BOX // boxes) + at
-                    cute.copy(atom, from_[(None, rows, step)], to[(None, at, stage)], tma_bar_ptr=barrier)
-            if cutlass.const_expr(self.staged):
-                atom, to, from_ = s_copies[1]
-                for i in cutlass.range_constexpr(max(self.loaded - MISSING, 0) // SCALES):
-                    if count > i * (SCALES // BOX):
-                        rows = m * (self.rows // SCALES) + i
-                        cute.copy(atom, from_[(None, rows, step)], to[(None, i, stage)], tma_bar_ptr=barrier)
 
     def _place(self, tile, m_tiles, n_tiles, at):
         """This block's tile of m and of n: ``WIDE`` n tiles beside each other, all m tiles down, then the next."""
