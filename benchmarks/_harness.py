@@ -31,7 +31,7 @@ def settle() -> None:
     all_idle = threading.Barrier(threads + 1)
     for _ in range(threads):
         pool.submit(all_idle.wait)
-    all_idle.wait()
+    all_idle.wait(timeout=600)
 
 
 def _events(call: Callable[[], object], before: Callable[[], object] = lambda: None, repeats: int = 30) -> float:

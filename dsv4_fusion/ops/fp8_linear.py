@@ -265,11 +265,11 @@ def _check_quantize(
 ) -> None:
     _check_dtype("x", x, INPUTS, x.device)
     _check_rows("x", x)
-    _check_options(scaling, scale_rounding, amax_floor)
+    _check_options(scaling, scale_rounding, amax_floor, x.dtype)
     refuse_grad([x])
 
 
-def _check_options(scaling: str | None, scale_rounding: str, amax_floor: float) -> None:
+def _check_options(scaling: str | None, scale_rounding: str, amax_floor: float, dtype: torch.dtype) -> None:
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
     if scale_rounding not in ROUNDINGS:
@@ -277,6 +277,11 @@ def _check_options(scaling: str | None, scale_rounding: str, amax_floor: float) 
     if not FP8_FLOOR <= amax_floor <= 65504:
         raise ValueError(
             f"amax_floor must be from {FP8_FLOOR:.4g} (or a scale is no normal number) to 65504, got {amax_floor}"
+        )
+    if scale_rounding == "input" and dtype == torch.float16 and amax_floor <= FP8_MAX * 2**-25:
+        raise ValueError(
+            f"with scale_rounding 'input' and float16, amax_floor must be above {FP8_MAX * 2**-25:.4g}, or a scale is "
+            f"rounded to 0, got {amax_floor}"
         )
 
 
@@ -318,7 +323,7 @@ def _check_linear(
     _check_rows("x", x)
     _check_weight(wq, x.shape[-1], x.device)
     _check_w_scale(wq, w_scale)
-    _check_options(scaling or "token", scale_rounding, amax_floor)
+    _check_options(scaling or "token", scale_rounding, amax_floor, x.dtype)
     of_weight = default_scaling(wq, w_scale)
     if scaling is not None and (scaling == "block") != (of_weight == "block"):
         raise ValueError(f"scaling {scaling!r} does not go with w_scale of shape {_shape(w_scale)}")

@@ -111,6 +111,13 @@ def test_quantiser_takes_the_nearest_code(dtype, scaling, rounding):
         assert torch.equal(codes.signbit(), part.signbit())
 
 
+def test_a_floor_whose_scale_is_rounded_to_zero_is_refused():
+    x, options = torch.randn(2, 128), {"scale_rounding": "input", "amax_floor": 1e-9}
+    with pytest.raises(ValueError, match=r"amax_floor must be above 1\.335e-05, or a scale is rounded to 0, got 1e-09"):
+        ops.quantize_fp8(x.half(), **options)
+    assert ops.quantize_fp8(x.bfloat16(), **options)[1].all()
+
+
 def test_block_scales_of_a_group_are_contiguous():
     """At multiples of 16 bytes; products take them with any leading dims, and any other strides."""
     wq, w_scale = weight(48, 272, "block")

@@ -16,6 +16,7 @@ pytest.importorskip("triton")  # its wheel has the disassembler
 import triton
 
 from dsv4_fusion.ops.cutedsl import fp8_linear, scaled_mm
+from dsv4_fusion.ops.fp8_linear import quantize_fp8_ref
 from tests.ops.test_indexer_scores_cutedsl import registers_suffice, sleeps
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -46,6 +47,23 @@ def test_small_products_fill_the_processors_once():
         assert fp8_linear.tile_of(192, 1536, block, SMS).cluster == (1, 1)  # no tile is without a partner
         assert fp8_linear.tile_of(1024, 4096, block, SMS).cluster == (1, 1)
     assert fp8_linear.tile_of(4096, 32768, False, SMS) == fp8_linear.Tile(128, 192, (2, 1), 128)
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_what_a_layer_needs_was_prepared(monkeypatch, block):
+    """For one token too, whose scales' strides views do not keep."""
+    prepared = set()
+    monkeypatch.setattr(fp8_linear, "_processors", lambda device: SMS)
+    monkeypatch.setattr(fp8_linear, "_begin", lambda *key: prepared.add(key))
+    wq = torch.zeros(4096, 256, dtype=torch.float8_e4m3fn)
+    w_scale = torch.ones(32, 2) if block else torch.ones(4096, 1)
+    linear = fp8_linear.Linear()
+    linear.prepare(torch.zeros(1, 256, dtype=BF16), wq, w_scale)
+    for shape in ((1, 256), (1, 1, 256), (256,), (2, 256), (1, 2, 256), (8, 256), (33, 256), (129, 256), (4096, 256)):
+        _, x_scale = quantize_fp8_ref(torch.zeros(shape, dtype=BF16), scaling="block" if block else "token")
+        one = fp8_linear.tile_of(x_scale[..., 0].numel(), 4096, block, SMS)
+        by_group = block and fp8_linear._by_group(x_scale)
+        assert linear.product.key(one, wq, FP32, w_scale, None, BF16, by_group) in prepared, shape
 
 
 @pytest.mark.parametrize("scaling", ["token", "tensor", "block"])

@@ -116,7 +116,8 @@ def _matrix(x: Tensor) -> Callable[[Tensor], Tensor] | None:
 def _by_group(scale: Tensor) -> bool:
     """Whether block scales lie as the quantiser leaves them, where the copy engine can read those of a stage."""
     rows = scale.reshape(-1, scale.shape[-1])
-    return rows.stride(0) == 1 and rows.stride(1) % 4 == 0 and rows.data_ptr() % 16 == 0
+    apart = rows.stride(1)
+    return rows.stride(0) == 1 and apart >= rows.shape[0] and apart % 4 == 0 and rows.data_ptr() % 16 == 0
 
 
 def _scale(scale: Tensor, block: bool, staged: bool, count: int) -> Callable[[Tensor], Tensor] | None:
@@ -213,8 +214,11 @@ class Linear:
         return self.bind(*tensors, **options)(*tensors)
 
     def prepare(self, x, wq, w_scale, bias=None, *, out_dtype=None, **_) -> None:
-        for one in tiles(wq.shape[0], is_block(wq, w_scale), _processors(wq.device)):
-            _begin(*self.product.key(one, wq, torch.float32, w_scale, bias, out_dtype or x.dtype, True))
+        block, processors = is_block(wq, w_scale), _processors(wq.device)
+        # The scales of one token lie as those of a row: the strides of dimensions of size 1 are lost in views
+        found = [(tile_of(1, wq.shape[0], block, processors), False)]
+        for one, by_group in found + [(one, True) for one in tiles(wq.shape[0], block, processors)]:
+            _begin(*self.product.key(one, wq, torch.float32, w_scale, bias, out_dtype or x.dtype, by_group))
 
     def product_of(self, wq: Tensor, scaling: str) -> Product:
         """The one that loads w early, but not what a kernel just ahead of it makes: a copy of w.
