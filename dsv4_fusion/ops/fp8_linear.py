@@ -422,7 +422,8 @@ def quantize_fp8(
         x: [..., K] bf16 or fp16; K is a multiple of 16 and contiguous. The last group may be shorter than 128.
         scaling: "token": a scale for each row; "tensor": one; "block": one for every 128 values of a row.
         scale_rounding: "none"; "power_of_two", up to the next one (UE8M0); "input", to x's dtype, as torchao does.
-        amax_floor: what the largest magnitude is at least taken for.
+        amax_floor: what the largest magnitude is at least taken for; above 1.34e-5 with fp16 and rounding "input", or
+            a scale would be 0.
         implementation: "triton", "reference", or None for the best one usable.
 
     Returns:

@@ -161,7 +161,7 @@ def quantize_fp8(x, *, scaling="token", scale_rounding="none", amax_floor=1e-4):
         units, block, warps = 8 if tokens * groups <= 4096 else 32, GROUP, 4
     else:
         block = triton.next_power_of_2(size)
-        units, warps = 1, max(1, min(16, block // 256))  # 8 values a thread, or few tokens wait for its divisions
+        units, warps = 1, max(1, min(16, block // 256))  # 8 values a thread: few tokens wait for less
     dependent = _has_dependent_launch(device)
     options = {"launch_pdl": True} if dependent else {}
     quantise[(triton.cdiv(tokens * groups, units),)](
