@@ -482,6 +482,30 @@ def test_all_of_the_output_is_written_and_nothing_else(monkeypatch, implementati
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["token", "by group", "by row"])
+@pytest.mark.parametrize(("rows", "columns", "cluster"), [(64, 64, (1, 1)), (64, 64, (2, 1)), (128, 128, (1, 2)),
+                                                          (128, 64, (1, 1)), (128, 64, (2, 1))])  # fmt: skip
+def test_tiles_end_in_any_row(monkeypatch, rows, columns, cluster, layout):
+    """The last tile is loaded in pieces, by the number of its rows; the results are those of whole tiles."""
+    kernels = importlib.import_module("dsv4_fusion.ops.cutedsl.fp8_linear")
+    most = 4 * rows
+    tensors = [tensor.cuda() for tensor in problem(most, 272, 400, "token" if layout == "token" else "block")]
+    xq, wq, x_scale, w_scale, bias = tensors
+    monkeypatch.setattr(kernels, "tile_of", lambda *_: kernels.Tile(64, 16, (1, 1), 64))
+    expected = kernels.scaled_mm_fp8(*tensors)
+    assert error(expected, tensors) < 2**-13
+    monkeypatch.setattr(kernels, "tile_of", lambda *_: kernels.Tile(rows, columns, cluster, rows))
+    memory = torch.empty(most, 272, device="cuda", dtype=torch.bfloat16)
+    for tail in (tail for tail in (1, 8, 9, 24, 31, 32, 33, 56, 57, 64, 72, 96, 97, 127) if tail <= rows):
+        for m in (tail, rows + tail, 2 * rows + tail):
+            scale = x_scale[:m] if layout != "by row" else x_scale[:m].contiguous()
+            monkeypatch.setattr(kernels, "new", lambda *_, m=m: memory.fill_(math.nan)[:m])
+            got = kernels.scaled_mm_fp8(xq[:m], wq, scale, w_scale, bias)
+            assert torch.equal(got, expected[:m]), m
+            assert memory[m:].isnan().all(), m
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("scaling", ["token", "block"])
 @pytest.mark.parametrize("m", [1, 64, 1000])
 def test_cuda_graph_replay_sees_new_inputs(implementation, m, scaling):

@@ -21,7 +21,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from . import launch, ptx
-from .scaled_mm_loads import SCALES, STEP, Loads
+from .scaled_mm_loads import BOX, SCALES, STEP, Loads
 
 GROUP = 128  # threads of a warpgroup
 SHARED = 227 * 1024
@@ -244,21 +244,37 @@ class ScaledMM(Loads):
                         )  # fmt: skip
                         early.advance()
                     cute.arch.griddepcontrol_wait()
-                    for step in cutlass.range(begun):
-                        barrier = stages.producer_get_barrier(state)
-                        self._bring(x_copies, s_copies, m, step, state.index, count, barrier, x_mask)
-                        state.advance()
+                    if self._whole(count):
+                        for step in cutlass.range(begun):
+                            barrier = stages.producer_get_barrier(state)
+                            self._bring(x_copies, s_copies, m, step, state.index, barrier, x_mask)
+                            state.advance()
+                    else:
+                        for step in cutlass.range(begun):
+                            barrier = stages.producer_get_barrier(state)
+                            self._bring_parts(x_copies, s_copies, m, step, state.index, count, barrier)
+                            state.advance()
                 for tile in cutlass.range(first, tiles, apart):
                     m, n = self._place(tile, m_tiles, n_tiles, at)
                     count = self._count(out.shape[0], m)
-                    for step in cutlass.range(begun, steps):
-                        barrier = self._acquire(stages, state, count)
-                        self._bring(x_copies, s_copies, m, step, state.index, count, barrier, x_mask)
-                        cute.copy(
-                            tma_w, from_w[(None, n, step)], to_w[(None, state.index)],
-                            tma_bar_ptr=barrier, mcast_mask=w_mask,
-                        )  # fmt: skip
-                        state.advance()
+                    if self._whole(count):
+                        for step in cutlass.range(begun, steps):
+                            barrier = self._acquire(stages, state, self.loaded // BOX)
+                            self._bring(x_copies, s_copies, m, step, state.index, barrier, x_mask)
+                            cute.copy(
+                                tma_w, from_w[(None, n, step)], to_w[(None, state.index)],
+                                tma_bar_ptr=barrier, mcast_mask=w_mask,
+                            )  # fmt: skip
+                            state.advance()
+                    else:
+                        for step in cutlass.range(begun, steps):
+                            barrier = self._acquire(stages, state, count)
+                            self._bring_parts(x_copies, s_copies, m, step, state.index, count, barrier)
+                            cute.copy(
+                                tma_w, from_w[(None, n, step)], to_w[(None, state.index)],
+                                tma_bar_ptr=barrier, mcast_mask=w_mask,
+                            )  # fmt: skip
+                            state.advance()
                     begun = Int32(0)
                 stages.producer_tail(state)
         else:

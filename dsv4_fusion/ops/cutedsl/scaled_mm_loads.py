@@ -44,8 +44,8 @@ class Loads:
         return cpasync.make_tiled_tma_atom(op, tensor, one, (extent, STEP), num_multicast=sharers)
 
     def _parts(self) -> list[int]:
-        """Rows of the pieces in which a tile is loaded that M ends in."""
-        return [n for n in (64, 32, 16, 8) if n <= self.loaded - MISSING]
+        """Rows of the pieces in which a tile is loaded that M ends in; none where blocks share x."""
+        return [n for n in (64, 32, 16, 8) if n <= self.loaded - MISSING and self.cluster[1] == 1]
 
     def _copies(self, loads, shared, rows: int, width: int, sharers: int = 1, rank: int = 0):
         """The atom that copies so many rows, and their places: to [_, piece, stage], from [_, piece, step]."""
@@ -57,7 +57,7 @@ class Loads:
     def _count(self, rows, m):
         """Boxes of x that are loaded of a tile: all unless many are missing, and nobody shares them."""
         all_ = Int32(self.loaded // BOX)
-        if self.cluster[1] > 1 or self.loaded <= MISSING:
+        if not self._parts():
             return all_
         here = cutlass.max(rows - m * self.rows, Int32(0))  # none beyond the last tile
         return ptx.select(here > self.loaded - MISSING, all_, (here + (BOX - 1)) // BOX)
@@ -74,26 +74,31 @@ class Loads:
         stages.sync_object_full.arrive_and_expect_tx(state.index, bytes_)
         return stages.producer_get_barrier(state)
 
+    def _whole(self, count):
+        """Whether all boxes of a tile are loaded: asked once a tile, since a branch in every stage costs 3 to 10 %."""
+        return count == self.loaded // BOX if self._parts() else True
+
+    def _bring(self, x_copies, s_copies, m, step, stage, barrier, x_mask) -> None:
+        """Begin to load a tile of x, and its scales where they come with the stages."""
+        atom, to, from_ = x_copies[0]
+        cute.copy(atom, from_[(None, m, step)], to[(None, 0, stage)], tma_bar_ptr=barrier, mcast_mask=x_mask)
+        if self.staged:
+            atom, to, from_ = s_copies[0]
+            cute.copy(atom, from_[(None, m, step)], to[(None, 0, stage)], tma_bar_ptr=barrier)
+
     @cute.jit
-    def _bring(self, x_copies, s_copies, m, step, stage, count, barrier, x_mask):
+    def _bring_parts(self, x_copies, s_copies, m, step, stage, count, barrier):
         """Begin to load ``count`` boxes of a tile of x, and their scales where they come with the stages."""
-        if count == self.loaded // BOX:
-            atom, to, from_ = x_copies[0]
-            cute.copy(atom, from_[(None, m, step)], to[(None, 0, stage)], tma_bar_ptr=barrier, mcast_mask=x_mask)
-            if cutlass.const_expr(self.staged):
-                atom, to, from_ = s_copies[0]
-                cute.copy(atom, from_[(None, m, step)], to[(None, 0, stage)], tma_bar_ptr=barrier)
-        else:
-            for i in cutlass.range_constexpr(len(x_copies) - 1):  # the largest first, each at a multiple of its rows
-                atom, to, from_ = x_copies[i + 1]
-                boxes = self._parts()[i] // BOX
-                if count & boxes != 0:
-                    at = count // (2 * boxes) * 2
-                    rows = m * (self.rows // BOX // boxes) + at
-                    cute.copy(atom, from_[(None, rows, step)], to[(None, at, stage)], tma_bar_ptr=barrier)
-            if cutlass.const_expr(self.staged):
-                atom, to, from_ = s_copies[1]
-                for i in cutlass.range_constexpr(max(self.loaded - MISSING, 0) // SCALES):
-                    if count > i * (SCALES // BOX):
-                        rows = m * (self.rows // SCALES) + i
-                        cute.copy(atom, from_[(None, rows, step)], to[(None, i, stage)], tma_bar_ptr=barrier)
+        for i in cutlass.range_constexpr(len(x_copies) - 1):  # the largest first, each at a multiple of its rows
+            atom, to, from_ = x_copies[i + 1]
+            boxes = self._parts()[i] // BOX
+            if count & boxes != 0:
+                at = count // (2 * boxes) * 2
+                rows = m * (self.rows // BOX // boxes) + at
+                cute.copy(atom, from_[(None, rows, step)], to[(None, at, stage)], tma_bar_ptr=barrier)
+        if cutlass.const_expr(self.staged):
+            atom, to, from_ = s_copies[1]
+            for i in cutlass.range_constexpr(max(self.loaded - MISSING, 0) // SCALES):
+                if count > i * (SCALES // BOX):
+                    rows = m * (self.rows // SCALES) + i
+                    cute.copy(atom, from_[(None, rows, step)], to[(None, i, stage)], tma_bar_ptr=barrier)
