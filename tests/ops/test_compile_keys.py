@@ -232,8 +232,9 @@ def test_no_count_has_a_cutedsl_kernel_of_its_own():
     assert len({_key(each["q"], each["block_table"], each["lengths"], 64, None) for each in given}) == 1
 
 
+@pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("name", ["indexer_q_fp8", "indexer_q_mxfp4", "indexer_q_fp8_out", "indexer_q_mxfp4_out"])
-def test_queries_have_two_cutedsl_kernels_which_are_prepared(monkeypatch, name):
+def test_queries_have_few_cutedsl_kernels_which_are_prepared(monkeypatch, name, hadamard):
     pytest.importorskip("cutlass")
     pytest.importorskip("tvm_ffi")
     from dsv4_fusion.ops.cutedsl import indexer
@@ -246,12 +247,12 @@ def test_queries_have_two_cutedsl_kernels_which_are_prepared(monkeypatch, name):
 
     monkeypatch.setattr(indexer, "_begin", begin)
     operator = getattr(indexer, name)
-    operator.prepare(*queries(7, 1).values(), hadamard=True)
+    operator.prepare(*queries(7, 1).values(), hadamard=hadamard)
     prepared = set(begun)
     begun.clear()
     for tokens, batch in itertools.product(COUNTS, (1, 2, 3)):
-        operator.bind(*queries(tokens, batch).values(), hadamard=True)
-    assert len(prepared) == 2 and set(begun) == prepared
+        operator.bind(*queries(tokens, batch).values(), hadamard=hadamard)
+    assert len(prepared) == (3 if not hadamard and "mxfp4" in name else 2) and set(begun) == prepared
 
 
 def test_a_kernel_specialised_by_its_tokens_would_be_found():

@@ -395,7 +395,7 @@ def poisoned(results) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("name", OPS)
 def test_bits_at_every_token_count(implementation, name, table, hadamard):
     for tokens, positions in zip(TOKENS, itertools.cycle((torch.int64, None, torch.int32)), strict=False):
-        heads = 64 if 7 < tokens < 4096 else 16  # both sides of the count of rows from which a thread does several
+        heads = 64 if tokens > 7 else 16  # of rows on all sides of the counts from which a thread does other shares
         tensors = arguments(tokens, heads, 128, 64, table, positions)
         expected = getattr(ops, name)(**tensors, hadamard=hadamard)
         out = poisoned(on_gpu(dict(enumerate(expected))).values())

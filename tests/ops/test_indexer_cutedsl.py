@@ -287,18 +287,19 @@ def _compile(folder, build, *arguments, arch: str = "sm_90a") -> None:
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("form", range(4))
 @pytest.mark.parametrize(
-    ("d", "rope", "heads", "positions", "angles", "weights", "many", "dense"),
+    ("d", "rope", "heads", "positions", "angles", "weights", "count", "dense"),
     [
-        (128, 64, 64, torch.int64, *FLOATS, False, True),
-        (128, 64, 64, torch.int64, *FLOATS, True, True),
-        (128, 96, 64, torch.int32, *FLOATS, True, False),
-        (128, 64, 5, torch.int64, *FLOATS, False, False),
-        (64, 48, 6, None, torch.bfloat16, torch.float32, True, True),
-        (64, 48, 6, None, torch.bfloat16, torch.float32, True, False),
+        (128, 64, 64, torch.int64, *FLOATS, 0, True),
+        (128, 64, 64, torch.int64, *FLOATS, 32768, True),
+        (128, 64, 64, torch.int64, *FLOATS, 262144, True),
+        (128, 96, 64, torch.int32, *FLOATS, 262144, False),
+        (128, 64, 5, torch.int64, *FLOATS, 0, False),
+        (64, 48, 6, None, torch.bfloat16, torch.float32, 8192, True),
+        (64, 48, 6, None, torch.bfloat16, torch.float32, 8192, False),
     ],
 )
-def test_queries_compile(tmp_path, d, rope, heads, positions, angles, weights, many, dense, form, hadamard):
-    lanes, coarsening = indexer.shares(heads, hadamard, many)
+def test_queries_compile(tmp_path, d, rope, heads, positions, angles, weights, count, dense, form, hadamard):
+    lanes, coarsening = indexer.share(form >= 2, heads, hadamard, count)
     kernel = _formats(d, rope, hadamard, lanes)[form]
     _compile(tmp_path, indexer.build, kernel, heads, positions, angles, weights, coarsening, dense)
 
@@ -327,9 +328,15 @@ def test_the_convert_instruction_compiles(tmp_path, lanes):
 
 
 def test_what_a_thread_has():
-    assert {indexer.shares(heads, hadamard, False) for heads in (5, 64) for hadamard in (False, True)} == {(8, 1)}
-    assert indexer.shares(64, False, True) == (8, 2) and indexer.shares(5, False, True) == (8, 1)
-    assert indexer.shares(64, True, True) == indexer.shares(5, True, True) == (4, 1)
+    for mxfp4, hadamard in itertools.product((False, True), repeat=2):
+        assert indexer.share(mxfp4, 5, hadamard, 0) == (8, 1)  # no more than one head divides five
+        assert len(indexer.shares(mxfp4, 64, hadamard)) <= 3
+        for count, *own in indexer.shares(mxfp4, 64, hadamard):
+            assert indexer.share(mxfp4, 64, hadamard, count) == tuple(own)
+    assert indexer.share(False, 64, False, 8191) == (8, 1) and indexer.share(False, 64, False, 8192) == (8, 4)
+    assert indexer.share(False, 6, False, 8192) == (8, 2)
+    assert indexer.share(True, 64, False, 8192) == (8, 2) and indexer.share(True, 64, False, 10**6) == (8, 4)
+    assert indexer.share(True, 64, True, 8192) == (4, 1)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -7,6 +7,7 @@ multiples of 16 bytes, rows of cos and sin at multiples of four values; compute 
 from __future__ import annotations
 
 import functools
+import math
 from concurrent.futures import Future
 
 import cuda.bindings.driver as cuda
@@ -24,22 +25,28 @@ from .formats import NAN, FP8Rows, MXFP4Rows, rows_of
 from .rows import CHUNK, LANES
 
 THREADS = 128
-MANY_ROWS = 8192  # from so many on, by measurement, a thread does twice as much
+# Lanes a row and heads a thread by (MXFP4, Hadamard), from so many rows on: the fastest of eight on an H200. More heads
+# load the angles once; with a Hadamard transform fewer lanes have less to exchange, which is worth more than that.
+SHARES = {
+    (False, False): ((0, LANES, 1), (8192, LANES, 4)),
+    (True, False): ((0, LANES, 2), (32768, LANES // 2, 1), (262144, LANES, 4)),
+    (False, True): ((0, LANES, 1), (8192, LANES // 2, 1)),
+    (True, True): ((0, LANES, 1), (8192, LANES // 2, 1)),
+}
 DEFAULTS = {  # of the operators' schemas
     False: {"hadamard": False, "power_of_two_scale": True, "amax_floor": 1e-4},
     True: {"hadamard": False, "ties": "even", "amax_floor": MXFP4_FLOOR},
 }
 
 
-def shares(heads: int, hadamard: bool, many: bool) -> tuple[int, int]:
-    """Lanes a row and heads a thread, for many rows or few.
+def shares(mxfp4: bool, heads: int, hadamard: bool) -> list[tuple[int, int, int]]:
+    """Entries of ``SHARES`` for H heads: as many of them a thread as divide H."""
+    return [(rows, lanes, math.gcd(heads, most)) for rows, lanes, most in SHARES[mxfp4, hadamard]]
 
-    Of many, a thread has two heads of a token and loads the angles once, if H is even. With a Hadamard transform a row
-    has half the lanes instead: what they need not exchange costs more than the angles.
-    """
-    if many and hadamard:
-        return LANES // 2, 1
-    return LANES, 2 if many and heads % 2 == 0 else 1
+
+def share(mxfp4: bool, heads: int, hadamard: bool, rows: int) -> tuple[int, int]:
+    """Lanes a row and heads a thread for a number of rows."""
+    return next((lanes, own) for least, lanes, own in reversed(shares(mxfp4, heads, hadamard)) if rows >= least)
 
 
 class Queries:
@@ -211,10 +218,9 @@ def build(
 @functools.cache
 def _begin(
     options: tuple, d: int, heads: int, pairs: int, positions: torch.dtype | None, angles: torch.dtype,
-    weights: torch.dtype, many: bool, dense: bool, device: torch.device,
+    weights: torch.dtype, lanes: int, coarsening: int, dense: bool, device: torch.device,
 ) -> Future:  # fmt: skip
     """Compiles in a thread of its own."""
-    lanes, coarsening = shares(heads, options[1], many)
 
     def compiled():
         with torch.cuda.device(device):
@@ -248,8 +254,8 @@ class _Operator:
     def prepare(self, *tensors, **options) -> None:
         """Begin to compile what any number of tokens will need if they are contiguous; the tensors may be fake."""
         key = [number(part) for part in self.key(*tensors, **options)]
-        for many in (False, True):
-            _begin(*key, many, True, tensors[0].device)
+        for _, *own in shares(self.mxfp4, key[2], key[0][1]):
+            _begin(*key, *own, True, tensors[0].device)
 
     def bind(self, *tensors, **options):
         """A function that does this for tensors with the same metadata, and the same options."""
@@ -261,8 +267,9 @@ class _Operator:
         results.append(layout((tokens, heads), torch.float32))
         if tokens == 0:
             return lambda *_: None if self.out else tuple(several(results, device))
-        many, dense = tokens * heads >= MANY_ROWS, _dense(*tensors[:5])
-        kernel = _begin(*self.key(*tensors, **options), many, dense, device).result()
+        key, dense = self.key(*tensors, **options), _dense(*tensors[:5])
+        own = share(self.mxfp4, heads, key[0][1], tokens * heads)
+        kernel = _begin(*key, *own, dense, device).result()
         floor, without_scales = options.get("amax_floor", DEFAULTS[self.mxfp4]["amax_floor"]), not self.mxfp4
 
         def call(*tensors):
