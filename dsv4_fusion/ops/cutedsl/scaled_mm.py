@@ -210,6 +210,7 @@ class ScaledMM(Loads):
         from_out, to_out = cpasync.tma_partition(
             tma_out, 0, cute.make_layout(1), cute.group_modes(s_out, 0, 2), cute.group_modes(g_out, 0, 2)
         )
+        w_copy = (tma_w, to_w, from_w, w_mask)
         x_copies = [self._copies(whole, s_x, self.loaded, STEP, self.cluster[1], at[1])]
         x_copies += [self._copies(part, s_x, n, STEP) for part, n in zip(parts, self._parts(), strict=True)]
         s_s, s_copies = None, None
@@ -238,10 +239,7 @@ class ScaledMM(Loads):
                     early = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
                     for step in cutlass.range(begun):
                         barrier = self._acquire(stages, early, count)
-                        cute.copy(
-                            tma_w, from_w[(None, n, step)], to_w[(None, early.index)],
-                            tma_bar_ptr=barrier, mcast_mask=w_mask,
-                        )  # fmt: skip
+                        self._bring_w(w_copy, n, step, early.index, barrier)
                         early.advance()
                     cute.arch.griddepcontrol_wait()
                     if self._whole(count):
@@ -261,19 +259,13 @@ class ScaledMM(Loads):
                         for step in cutlass.range(begun, steps):
                             barrier = self._acquire(stages, state, self.loaded // BOX)
                             self._bring(x_copies, s_copies, m, step, state.index, barrier, x_mask)
-                            cute.copy(
-                                tma_w, from_w[(None, n, step)], to_w[(None, state.index)],
-                                tma_bar_ptr=barrier, mcast_mask=w_mask,
-                            )  # fmt: skip
+                            self._bring_w(w_copy, n, step, state.index, barrier)
                             state.advance()
                     else:
                         for step in cutlass.range(begun, steps):
                             barrier = self._acquire(stages, state, count)
                             self._bring_parts(x_copies, s_copies, m, step, state.index, count, barrier)
-                            cute.copy(
-                                tma_w, from_w[(None, n, step)], to_w[(None, state.index)],
-                                tma_bar_ptr=barrier, mcast_mask=w_mask,
-                            )  # fmt: skip
+                            self._bring_w(w_copy, n, step, state.index, barrier)
                             state.advance()
                     begun = Int32(0)
                 stages.producer_tail(state)

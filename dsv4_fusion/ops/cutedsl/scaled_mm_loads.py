@@ -78,6 +78,11 @@ class Loads:
         """Whether all boxes of a tile are loaded: asked once a tile, since a branch in every stage costs 3 to 10 %."""
         return count == self.loaded // BOX if self._parts() else True
 
+    def _bring_w(self, w_copy, n, step, stage, barrier) -> None:
+        """Begin to load a tile of w."""
+        atom, to, from_, mask = w_copy
+        cute.copy(atom, from_[(None, n, step)], to[(None, stage)], tma_bar_ptr=barrier, mcast_mask=mask)
+
     def _bring(self, x_copies, s_copies, m, step, stage, barrier, x_mask) -> None:
         """Begin to load a tile of x, and its scales where they come with the stages."""
         atom, to, from_ = x_copies[0]
