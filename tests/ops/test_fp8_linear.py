@@ -486,7 +486,10 @@ def test_all_of_the_output_is_written_and_nothing_else(monkeypatch, implementati
 @pytest.mark.parametrize(("rows", "columns", "cluster"), [(64, 64, (1, 1)), (64, 64, (2, 1)), (128, 128, (1, 2)),
                                                           (128, 64, (1, 1)), (128, 64, (2, 1))])  # fmt: skip
 def test_tiles_end_in_any_row(monkeypatch, rows, columns, cluster, layout):
-    """The last tile is loaded in pieces, by the number of its rows; the results are those of whole tiles."""
+    """The last tile is loaded in pieces, by the number of its rows; the results are those of whole tiles.
+
+    In the product alone, and in the one that loads w early.
+    """
     kernels = importlib.import_module("dsv4_fusion.ops.cutedsl.fp8_linear")
     most = 4 * rows
     tensors = [tensor.cuda() for tensor in problem(most, 272, 400, "token" if layout == "token" else "block")]
@@ -500,9 +503,10 @@ def test_tiles_end_in_any_row(monkeypatch, rows, columns, cluster, layout):
         for m in (tail, rows + tail, 2 * rows + tail):
             scale = x_scale[:m] if layout != "by row" else x_scale[:m].contiguous()
             monkeypatch.setattr(kernels, "new", lambda *_, m=m: memory.fill_(math.nan)[:m])
-            got = kernels.scaled_mm_fp8(xq[:m], wq, scale, w_scale, bias)
-            assert torch.equal(got, expected[:m]), m
-            assert memory[m:].isnan().all(), m
+            for product in (kernels.scaled_mm_fp8, kernels.fp8_linear.product):
+                got = product(xq[:m], wq, scale, w_scale, bias)
+                assert torch.equal(got, expected[:m]), m
+                assert memory[m:].isnan().all(), m
 
 
 @pytest.mark.gpu

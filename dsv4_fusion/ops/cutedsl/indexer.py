@@ -25,8 +25,8 @@ from .formats import NAN, FP8Rows, MXFP4Rows, rows_of
 from .rows import CHUNK, LANES
 
 THREADS = 128
-# Lanes a row and heads a thread by (MXFP4, Hadamard), from so many rows on: the fastest of eight on an H200. More heads
-# load the angles once; with a Hadamard transform fewer lanes have less to exchange, which is worth more than that.
+# From so many rows on, the lanes of a row and the heads of a thread, by (MXFP4, Hadamard); measured on an H200. More
+# heads load the angles once; with a Hadamard transform fewer lanes have less to exchange, which gains more.
 SHARES = {
     (False, False): ((0, LANES, 1), (8192, LANES, 4)),
     (True, False): ((0, LANES, 2), (32768, LANES // 2, 1), (262144, LANES, 4)),
@@ -40,7 +40,7 @@ DEFAULTS = {  # of the operators' schemas
 
 
 def shares(mxfp4: bool, heads: int, hadamard: bool) -> list[tuple[int, int, int]]:
-    """Entries of ``SHARES`` for H heads: as many of them a thread as divide H."""
+    """The entries of ``SHARES``, with as many heads a thread as divide H."""
     return [(rows, lanes, math.gcd(heads, most)) for rows, lanes, most in SHARES[mxfp4, hadamard]]
 
 

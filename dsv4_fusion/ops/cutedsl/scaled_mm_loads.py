@@ -75,7 +75,7 @@ class Loads:
         return stages.producer_get_barrier(state)
 
     def _whole(self, count):
-        """Whether all boxes of a tile are loaded: asked once a tile, since a branch in every stage costs 3 to 10 %."""
+        """Whether all boxes of a tile are loaded: asked once a tile, since a branch in every stage costs time."""
         return count == self.loaded // BOX if self._parts() else True
 
     def _bring_w(self, w_copy, n, step, stage, barrier) -> None:
