@@ -290,6 +290,7 @@ def _compile(folder, build, *arguments, arch: str = "sm_90a") -> None:
     ("d", "rope", "heads", "positions", "angles", "weights", "count", "dense"),
     [
         (128, 64, 64, torch.int64, *FLOATS, 0, True),
+        (128, 64, 64, torch.int64, *FLOATS, 8192, True),
         (128, 64, 64, torch.int64, *FLOATS, 32768, True),
         (128, 64, 64, torch.int64, *FLOATS, 262144, True),
         (128, 96, 64, torch.int32, *FLOATS, 262144, False),
@@ -330,12 +331,13 @@ def test_the_convert_instruction_compiles(tmp_path, lanes):
 def test_what_a_thread_has():
     for mxfp4, hadamard in itertools.product((False, True), repeat=2):
         assert indexer.share(mxfp4, 5, hadamard, 0) == (8, 1)  # no more than one head divides five
-        assert len(indexer.shares(mxfp4, 64, hadamard)) <= 3
+        assert len(indexer.shares(mxfp4, 64, hadamard)) == (4 if mxfp4 and not hadamard else 2)
         for count, *own in indexer.shares(mxfp4, 64, hadamard):
             assert indexer.share(mxfp4, 64, hadamard, count) == tuple(own)
     assert indexer.share(False, 64, False, 8191) == (8, 1) and indexer.share(False, 64, False, 8192) == (8, 4)
     assert indexer.share(False, 6, False, 8192) == (8, 2)
-    assert indexer.share(True, 64, False, 8192) == (8, 2) and indexer.share(True, 64, False, 10**6) == (8, 4)
+    assert indexer.share(True, 64, False, 8191) == (8, 1) and indexer.share(True, 64, False, 8192) == (8, 2)
+    assert indexer.share(True, 64, False, 32768) == (4, 1) and indexer.share(True, 64, False, 10**6) == (8, 4)
     assert indexer.share(True, 64, True, 8192) == (4, 1)
 
 

@@ -29,7 +29,7 @@ THREADS = 128
 # heads load the angles once; with a Hadamard transform fewer lanes have less to exchange, which gains more.
 SHARES = {
     (False, False): ((0, LANES, 1), (8192, LANES, 4)),
-    (True, False): ((0, LANES, 2), (32768, LANES // 2, 1), (262144, LANES, 4)),
+    (True, False): ((0, LANES, 1), (8192, LANES, 2), (32768, LANES // 2, 1), (262144, LANES, 4)),
     (False, True): ((0, LANES, 1), (8192, LANES // 2, 1)),
     (True, True): ((0, LANES, 1), (8192, LANES // 2, 1)),
 }
