@@ -484,7 +484,7 @@ def test_all_of_the_output_is_written_and_nothing_else(monkeypatch, implementati
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["token", "by group", "by row"])
 @pytest.mark.parametrize(("rows", "columns", "cluster"), [(64, 64, (1, 1)), (64, 64, (2, 1)), (128, 128, (1, 2)),
-                                                          (128, 64, (1, 1)), (128, 64, (2, 1))])  # fmt: skip
+                                                          (128, 64, (1, 1)), (128, 96, (2, 1))])  # fmt: skip
 def test_tiles_end_in_any_row(monkeypatch, rows, columns, cluster, layout):
     """The last tile is loaded in pieces, by the number of its rows; the results are those of whole tiles.
 
@@ -507,6 +507,24 @@ def test_tiles_end_in_any_row(monkeypatch, rows, columns, cluster, layout):
                 got = product(xq[:m], wq, scale, w_scale, bias)
                 assert torch.equal(got, expected[:m]), m
                 assert memory[m:].isnan().all(), m
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("e8m0", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "cluster"), [(64, 16, (1, 1)), (64, 128, (2, 1)), (128, 96, (1, 1)),
+                                                          (128, 128, (1, 2)), (128, 192, (2, 1))])  # fmt: skip
+def test_block_scales_of_any_length(monkeypatch, rows, columns, cluster, e8m0):
+    """Less than a block, more than the 32 that are read at a time, and so few that tiles follow one another quickly."""
+    kernels = importlib.import_module("dsv4_fusion.ops.cutedsl.fp8_linear")
+    sizes = [(70, 400, k) for k in (16, 128, 256, 400, 4096, 4112, 8576)] + [(1100, 4112, k) for k in (16, 272, 400)]
+    for size in sizes:
+        tensors = [tensor.cuda() for tensor in problem(*size, "block", e8m0=e8m0)]
+        monkeypatch.setattr(kernels, "tile_of", lambda *_: kernels.Tile(64, 32, (1, 1), 64))
+        expected = kernels.scaled_mm_fp8(*tensors)
+        assert error(expected, tensors) < 2**-13
+        monkeypatch.setattr(kernels, "tile_of", lambda *_: kernels.Tile(rows, columns, cluster, rows))
+        for _ in range(3):
+            assert torch.equal(kernels.scaled_mm_fp8(*tensors), expected), size
 
 
 @pytest.mark.gpu

@@ -6,7 +6,6 @@ The quantiser before it is Triton's; the product begins while that runs, and loa
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -28,16 +27,15 @@ class Tile(NamedTuple):
     loaded: int
 
 
-COPIED = 128  # rows of the tiles for which block scales that lie otherwise are copied
 FEW = (8, 16, 32)  # tokens: with no more, no more rows are loaded
 PAIRS = 4, 32  # rows of 64 tokens: up to the first, and beyond the second, blocks share loads
-# ns of a stage by rows and columns of a tile, with scales of rows and, where one is in a tile's columns, of blocks;
-# measured on an H200 in one round of all processors. Two are set, with scales of rows: 64 × 16 took 116, but is to be
-# chosen before 64 × 32 where it lets twice as many processors load the weight; 128 × 128 took 349, but in many rounds
-# 0.7 of what 128 × 192 take.
+# ns of a stage by rows and columns of a tile, with scales of rows and of blocks; measured on an H200 in one round of
+# all processors. Some are set. With scales of rows 64 × 16 took 116, but is to be chosen before 64 × 32 where it lets
+# twice as many processors load the weight; 128 × 128 took 349, but in many rounds 0.7 of what 128 × 192 take. With
+# those of blocks 128 × 96 took 0.9 of what 128 × 128 take, but more in many rounds; 128 × 192 were never the best.
 STAGE = {
-    (64, 16): (105, 157), (64, 32): (108, 163), (64, 64): (146, 187), (64, 128): (267, 258),
-    (128, 64): (232, 291), (128, 96): (285, None), (128, 128): (360, 370), (128, 192): (518, None),
+    (64, 16): (105, 105), (64, 32): (108, 108), (64, 64): (146, 150), (64, 128): (267, 258),
+    (128, 64): (232, 280), (128, 96): (285, 330), (128, 128): (360, 350), (128, 192): (518, None),
 }  # fmt: skip
 
 
@@ -45,9 +43,8 @@ STAGE = {
 def tile(rows: int, outputs: int, block: bool, processors: int) -> Tile:
     """The one with which all are computed soonest, for so many rows of 64 tokens.
 
-    With ``block`` scales, tiles whose columns have more than one are slow, and left out. Tiles below each other share
-    loads of w in pairs, where that is most of what is loaded: with few rows, and for the largest tiles. With many,
-    those beside each other share loads of x.
+    Tiles below each other share loads of w in pairs, where that is most of what is loaded: with few rows, and for the
+    largest tiles. With many, those beside each other share loads of x.
     """
 
     def time(one: tuple[int, int]) -> int:
@@ -117,25 +114,29 @@ def _by_group(scale: Tensor) -> bool:
     """Whether block scales lie as the quantiser leaves them, where the copy engine can read those of a stage."""
     rows = scale.reshape(-1, scale.shape[-1])
     apart = rows.stride(1)
-    return rows.stride(0) == 1 and apart >= rows.shape[0] and apart % 4 == 0 and rows.data_ptr() % 16 == 0
+    together = scale.dtype == torch.float32 and (rows.stride(0) == 1 or rows.shape[0] == 1)
+    return together and apart >= rows.shape[0] and apart % 4 == 0 and rows.data_ptr() % 16 == 0
 
 
-def _scale(scale: Tensor, block: bool, staged: bool, count: int) -> Callable[[Tensor], Tensor] | None:
-    """The same for scales: a vector with one for each of ``count`` rows, or a matrix."""
+def _x_blocks(scale: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The same for block scales of x: a matrix of fp32, with the scales of a group next to each other."""
+    rows = scale.reshape(-1, scale.shape[-1])
+    shape, apart = tuple(rows.shape), rows.stride(1)
+    if not _by_group(scale):
+        return lambda scale: block_scales(scale, shape).copy_(scale.reshape(shape))
+    if scale.dim() == 2 and scale.stride(0) == 1:
+        return None
+    return lambda scale: scale.as_strided(shape, (1, apart))  # as a view, a single row may have another stride
+
+
+def _scale(scale: Tensor, block: bool, count: int) -> Callable[[Tensor], Tensor] | None:
+    """The same for others: a vector with one for each of ``count`` rows, or the matrix of w's blocks."""
     byte = scale.dtype == torch.float8_e8m0fnu
-    if staged:
-        shape = scale.reshape(-1, scale.shape[-1]).shape
-        if not _by_group(scale):
-            return lambda scale: block_scales(scale, shape).copy_(scale.reshape(shape))
-        return None if scale.dim() == 2 else lambda scale: scale.reshape(shape)
-    if block and scale.dim() == 2:
+    if block:
         return (lambda scale: scale.view(torch.uint8)) if byte else None
 
     def fix(scale: Tensor) -> Tensor:
-        scale = scale.view(torch.uint8) if byte else scale
-        if block:
-            return scale.reshape(-1, scale.shape[-1])
-        scale = scale.reshape(-1)
+        scale = (scale.view(torch.uint8) if byte else scale).reshape(-1)
         return scale.expand(count) if scale.shape[0] == 1 and count != 1 else scale
 
     return fix
@@ -162,18 +163,16 @@ class Product:
         w_scale: Tensor,
         bias: Tensor | None,
         dtype: torch.dtype,
-        by_group: bool,
     ) -> tuple:
-        """Of a program: what it is compiled for; ``by_group`` is how block scales of x lie."""
-        scales, block = (_plain(x_scale), _plain(w_scale.dtype)), is_block(wq, w_scale)
-        staged = block and scales[0] == torch.float32 and (by_group or one.rows == COPIED)
-        return *one, block, scales, None if bias is None else bias.dtype, dtype, staged, self.dependent
+        """Of a program: what it is compiled for."""
+        block = is_block(wq, w_scale)
+        scales = torch.float32 if block else _plain(x_scale), _plain(w_scale.dtype)
+        return *one, block, scales, None if bias is None else bias.dtype, dtype, self.dependent
 
     def prepare(self, xq, wq, x_scale, w_scale, bias=None, *, out_dtype=torch.bfloat16, **_) -> None:
         """Begin to compile what any number of tokens will need; the tensors may be fake."""
-        every = tiles(wq.shape[0], is_block(wq, w_scale), _processors(wq.device))
-        for one, by_group in itertools.product(every, (True, False)):
-            _begin(*self.key(one, wq, x_scale.dtype, w_scale, bias, out_dtype, by_group))
+        for one in tiles(wq.shape[0], is_block(wq, w_scale), _processors(wq.device)):
+            _begin(*self.key(one, wq, x_scale.dtype, w_scale, bias, out_dtype))
 
     def bind(self, xq, wq, x_scale, w_scale, bias=None, *, out_dtype=torch.bfloat16, **_) -> Callable[..., Tensor]:
         """A function that does this for tensors with the same metadata."""
@@ -182,10 +181,10 @@ class Product:
         if tokens == 0:
             return lambda *_: new(result, device)
         block, processors = is_block(wq, w_scale), _processors(device)
-        one, by_group = tile_of(tokens, n, block, processors), block and _by_group(x_scale)
-        key = self.key(one, wq, x_scale.dtype, w_scale, bias, out_dtype, by_group)
-        kernel, staged = _begin(*key).result(), key[-2]
-        fixes = (_matrix(xq), _matrix(wq), _scale(x_scale, block, staged, tokens), _scale(w_scale, block, False, n))
+        one = tile_of(tokens, n, block, processors)
+        kernel = _begin(*self.key(one, wq, x_scale.dtype, w_scale, bias, out_dtype)).result()
+        x_fix = _x_blocks(x_scale) if block else _scale(x_scale, False, tokens)
+        fixes = (_matrix(xq), _matrix(wq), x_fix, _scale(w_scale, block, n))
         fixes = [(index, fix) for index, fix in enumerate(fixes) if fix is not None]
         flat = layout((tokens, n), out_dtype)
         lead = None if xq.dim() == 2 else result[0]
@@ -215,10 +214,8 @@ class Linear:
 
     def prepare(self, x, wq, w_scale, bias=None, *, out_dtype=None, **_) -> None:
         block, processors = is_block(wq, w_scale), _processors(wq.device)
-        # The scales of one token lie as those of a row: the strides of dimensions of size 1 are lost in views
-        found = [(tile_of(1, wq.shape[0], block, processors), False)]
-        for one, by_group in found + [(one, True) for one in tiles(wq.shape[0], block, processors)]:
-            _begin(*self.product.key(one, wq, torch.float32, w_scale, bias, out_dtype or x.dtype, by_group))
+        for one in tiles(wq.shape[0], block, processors):
+            _begin(*self.product.key(one, wq, torch.float32, w_scale, bias, out_dtype or x.dtype))
 
     def product_of(self, wq: Tensor, scaling: str) -> Product:
         """The one that loads w early, but not what a kernel just ahead of it makes: a copy of w.

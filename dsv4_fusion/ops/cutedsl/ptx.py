@@ -63,6 +63,16 @@ def load_integer(address: Int64, size: int, condition, other: int) -> Int64:
     )
 
 
+def load_if(pointer, condition, other: Uint32) -> Uint32:
+    """A word, or a byte as one, where the condition holds; ``other`` elsewhere: nothing is read."""
+    kind = "b32" if pointer.value_type.width == 32 else "u8"
+    return _word(
+        "{ .reg .pred here; setp.ne.b32 here, {$r1}, 0; mov.b32 {$w0}, {$r2}; "
+        f"@here ld.global.{kind} {{$w0}}, [{{$r0}}]; }}",
+        pointer, Int32(condition), other,
+    )  # fmt: skip
+
+
 def store(pointer, words: list[Uint32]) -> None:
     """1, 2 or 4 words in one instruction."""
     if len(words) == 1:
@@ -302,6 +312,21 @@ def barrier_init(address: Int32, count: int) -> None:
 
 def barrier_arrive(address: Int32) -> None:
     inline_ptx("mbarrier.arrive.shared.b64 _, [{$r0}];", read_only_args=[address])
+
+
+def in_block(address: Int32, rank: Int32) -> Int32:
+    """The same address in another block of the cluster."""
+    return Int32(_word("mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", address, rank))
+
+
+def barrier_arrive_if(address: Int32, condition) -> None:
+    """At an address of :func:`in_block`, of who has read shared memory: what it has written is not seen there. For that
+    the scope would have to be the cluster, whose release is a fence that takes most of a microsecond.
+    """
+    inline_ptx(
+        "{ .reg .pred here; setp.ne.b32 here, {$r1}, 0; @here mbarrier.arrive.shared::cluster.b64 _, [{$r0}]; }",
+        read_only_args=[address, Int32(condition)],
+    )
 
 
 def barrier_arrive_after_copies(address: Int32) -> None:

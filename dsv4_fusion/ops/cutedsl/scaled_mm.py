@@ -15,22 +15,22 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 import torch
-from cutlass import Float32, Int32, Uint32, pipeline
+from cutlass import Float32, Int32, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from . import launch, ptx
 from .scaled_mm_loads import BOX, SCALES, STEP, Loads
+from .scaled_mm_scales import GROUP, Scales, raw
 
-GROUP = 128  # threads of a warpgroup
 SHARED = 227 * 1024
 ALIGN = 1024  # bytes, of what tiles in shared memory begin at
 OVERLAP = 128  # columns of which registers can hold two sums of a stage, beside the total
 WIDE = 8  # n tiles that are walked together, so that both operands stay in L2
 
 
-class ScaledMM(Loads):
+class ScaledMM(Loads, Scales):
     """The kernel for one tile: out[m, n] = Σ_k x[m, k] w[n, k], scaled, plus bias.
 
     Args:
@@ -39,10 +39,10 @@ class ScaledMM(Loads):
         cluster: blocks that share loads, along m (they share w) and along n (they share x).
         loaded: rows of x that are loaded at most, where M has no more: 8, 16, 32 or all. The others of a tile are left
             as they are in shared memory, and what comes of them is not stored.
-        blockwise: scales of 1×128 blocks of x and 128×128 blocks of w; otherwise of rows of x and of w.
+        blockwise: scales of 1×128 blocks of x and 128×128 blocks of w; otherwise of rows of x and of w. Those of x are
+            fp32, and those of a block of k contiguous, at multiples of 16 bytes: they come with the stages, and a warp
+            of their own multiplies them with w's.
         bias: whether there is one.
-        staged: block scales of x come with the stages; their rows are then contiguous, columns begin at multiples of 16
-            bytes, and they are fp32.
         dependent: w may be loaded before the kernel ahead, which makes x and x_scale, has ended. Without it nothing is,
             but the block is ready by then.
     """
@@ -55,12 +55,12 @@ class ScaledMM(Loads):
         loaded: int,
         blockwise: bool,
         bias: bool,
-        staged: bool,
         dependent: bool,
     ) -> None:
         self.rows, self.columns, self.cluster, self.loaded = rows, columns, cluster, loaded
-        self.blockwise, self.bias, self.staged, self.dependent = blockwise, bias, staged, dependent
-        self.span = columns if 128 % columns == 0 else math.gcd(columns, 128)  # columns with one block scale of w
+        self.blockwise, self.bias, self.dependent = blockwise, bias, dependent
+        self.blocks = 1 if 128 % columns == 0 else 2  # of w, that a tile has parts of
+        self.span = math.gcd(columns, 128)  # columns that are of one
         self.overlap = columns <= OVERLAP  # a second accumulator hides a stage's latency
         self.consumers = rows // 64
         self.threads = (1 + self.consumers) * GROUP
@@ -68,11 +68,14 @@ class ScaledMM(Loads):
         self.pieces = columns // self.piece
         self.vectors = (not blockwise) + bias  # of which a tile needs its columns' values in the end
         self.stages = max(stages for stages in range(1, 17) if self._shared_bytes(stages) <= SHARED)
+        # Warps that take turns with the stages' block scales, the same stages in every round: at the barrier of others
+        # a warp might take the round before the last for the last
+        self.turns = 2 - self.stages % 2
 
     def _shared_bytes(self, stages: int) -> int:
         """Shared memory with so many stages: what is small, then tiles, which begin at multiples of ``ALIGN``."""
         small = 2 * 8 * stages + 4 * self.consumers * self.vectors * self.columns
-        small += 128 + 4 * stages * self.rows if self.staged else 4
+        small += 128 + 8 * stages + 4 * stages * self.rows * (1 + self.blocks) if self.blockwise else 0
         tiles = stages * (self.rows + self.columns) * STEP + self.rows * self.columns * 2
         return -(-small // ALIGN) * ALIGN + tiles
 
@@ -103,7 +106,7 @@ class ScaledMM(Loads):
         tma_w, w_tma = self._loads(w, w_layout, self.columns, self.cluster[0])
         s_layout = cute.make_layout((self.rows, 1, self.stages), stride=(1, self.rows, self.rows))
         whole_s, part_s = None, None
-        if cutlass.const_expr(self.staged):
+        if cutlass.const_expr(self.blockwise):
             op = cpasync.CopyBulkTensorTileG2SOp()
             whole_s, part_s = [
                 tuple(cpasync.make_tiled_tma_atom(op, x_scale, cute.make_layout((rows, 1)), (rows, 1)))
@@ -117,11 +120,15 @@ class ScaledMM(Loads):
         size = self.cluster[0] * self.cluster[1]
         clusters = cutlass.min(m_tiles * n_tiles, processors // size)
 
+        scaled = self.stages if self.blockwise else 0
+
         @cute.struct
         class Shared:
             barriers: cute.struct.MemRange[cutlass.Int64, self.stages * 2]
+            landed: cute.struct.MemRange[cutlass.Int64, scaled]
             vectors: cute.struct.MemRange[Float32, self.consumers * self.vectors * self.columns]
-            tile_s: cute.struct.Align[cute.struct.MemRange[Float32, self.stages * self.rows if self.staged else 1], 128]
+            tile_s: cute.struct.Align[cute.struct.MemRange[Float32, scaled * self.rows], 128]
+            factors: cute.struct.MemRange[Float32, scaled * self.rows * self.blocks]
             tile_x: cute.struct.Align[cute.struct.MemRange[x.element_type, cute.cosize(x_layout)], ALIGN]
             tile_w: cute.struct.Align[cute.struct.MemRange[w.element_type, cute.cosize(w_layout)], ALIGN]
             tile_out: cute.struct.Align[cute.struct.MemRange[out.element_type, cute.cosize(out_layout)], ALIGN]
@@ -191,12 +198,16 @@ class ScaledMM(Loads):
         stages = pipeline.PipelineTmaAsync.create(
             barrier_storage=storage.barriers.data_ptr(),
             num_stages=self.stages,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1 + self.blockwise),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumers),
             tx_count=0,  # it depends on the tile
             cta_layout_vmnk=cute.make_layout((1, *self.cluster, 1)),
             defer_sync=True,
         )
+        full, empty = storage.barriers.data_ptr().toint(), storage.barriers.data_ptr().toint() + 8 * self.stages
+        if thread == 0:
+            for stage in cutlass.range_constexpr(self.stages if self.blockwise else 0):
+                ptx.barrier_init(storage.landed.data_ptr().toint() + 8 * stage, 1)
         pipeline.pipeline_init_arrive(cluster_shape_mn=self.cluster, is_relaxed=True)
 
         s_x = storage.tile_x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
@@ -213,10 +224,11 @@ class ScaledMM(Loads):
         w_copy = (tma_w, to_w, from_w, w_mask)
         x_copies = [self._copies(whole, s_x, self.loaded, STEP, self.cluster[1], at[1])]
         x_copies += [self._copies(part, s_x, n, STEP) for part, n in zip(parts, self._parts(), strict=True)]
-        s_s, s_copies = None, None
-        if cutlass.const_expr(self.staged):
+        s_copies = None
+        if cutlass.const_expr(self.blockwise):
             s_s = storage.tile_s.get_tensor(s_layout)
             s_copies = [self._copies(whole_s, s_s, self.loaded, 1), self._copies(part_s, s_s, SCALES, 1)]
+            s_copies.append(storage.landed.data_ptr())
         steps = cute.size(from_w, mode=[2])
         tiles = m_tiles * n_tiles
         first, apart = block // size, blocks // size
@@ -268,7 +280,15 @@ class ScaledMM(Loads):
                             self._bring_w(w_copy, n, step, state.index, barrier)
                             state.advance()
                     begun = Int32(0)
-                stages.producer_tail(state)
+                if cutlass.const_expr(size > 1):  # the block has to be there until the other has told it what it read
+                    for _ in cutlass.range(self.stages):
+                        ptx.barrier_wait(empty + 8 * state.index, state.phase)
+                        state.advance()
+            elif warp_index <= self.turns:
+                self._factors(
+                    [part.data_ptr().toint() for part in (storage.landed, storage.tile_s, storage.factors)], full,
+                    w_scale, (first, tiles, apart, m_tiles, n_tiles, at, steps), warp_index - 1, thread % 32,
+                )  # fmt: skip
         else:
             if cutlass.const_expr(self.consumers > 1):
                 cute.arch.setmaxregister_increase(232)
@@ -284,8 +304,9 @@ class ScaledMM(Loads):
             b = tiled_mma.make_fragment_B(slice_.partition_B(s_w))
             shape = tiled_mma.partition_shape_C((64, self.columns))
             total, sums, others = [cute.make_rmem_tensor(shape, Float32) for _ in range(3)]
-            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-            ahead = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+            index, parity, behind = Int32(0), Int32(0), Int32(0)
+            empty = ptx.in_block(empty, thread % size)  # of each block that shares loads, by a lane
+            factors = storage.factors.data_ptr().toint() + 4 * (consumer * 64 + thread // 32 * 16 + thread % 32 // 4)
 
             store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
             by_matrix = cute.make_tiled_copy_C_atom(store, tiled_mma)
@@ -299,69 +320,57 @@ class ScaledMM(Loads):
             for tile in cutlass.range(first, tiles, apart):
                 m, n = self._place(tile, m_tiles, n_tiles, at)
                 row = m * self.rows + consumer * 64 + (thread // 32) * 16 + (thread % 32) // 4
-                column = n * self.columns + 2 * (thread % 4)
                 total.fill(0.0)
-                where = (x_scale, w_scale, s_s, one, out.shape, row, column, row - m * self.rows)
+                begin = n * self.columns % 128  # this tile's part of its first block of w
+                second = [begin + i >= 128 for i in range(0, self.columns, self.span)] if self.blocks > 1 else []
                 down, vectors = None, []
                 if cutlass.const_expr(not self.blockwise):
-                    down = [_raw(x_scale[cutlass.min(row + 8 * i, out.shape[0] - 1)]) for i in range(2)]
+                    down = [raw(x_scale[cutlass.min(row + 8 * i, out.shape[0] - 1)]) for i in range(2)]
                     vectors.append(self._share(w_scale, out.shape[1], n, thread))
                 if cutlass.const_expr(self.bias):
                     vectors.append(self._share(bias, out.shape[1], n, thread))
                 if cutlass.const_expr(self.overlap):
-                    self._multiply(stages, ahead, a, b, sums)
-                    scales = self._scales(where, Int32(0), ahead.index)
-                    ahead.advance()
-                    for pair in cutlass.range((steps - 1) // 2):
-                        self._multiply(stages, ahead, a, b, others)
-                        more = self._scales(where, 2 * pair + 1, ahead.index)
-                        ahead.advance()
+                    self._multiply(full, index, parity, a, b, sums)
+                    scales = self._scales(factors, index, one)
+                    for _ in cutlass.range((steps - 1) // 2):
+                        behind = index
+                        index, parity = self._next(index, parity)
+                        self._multiply(full, index, parity, a, b, others)
+                        more = self._scales(factors, index, one)
                         warpgroup.wait_group(1)
-                        stages.consumer_release(state)
-                        state.advance()
-                        self._promote(total, sums, scales)
-                        self._multiply(stages, ahead, a, b, sums)
-                        scales = self._scales(where, 2 * pair + 2, ahead.index)
-                        ahead.advance()
+                        self._release(empty, behind, thread)
+                        self._promote(total, sums, scales, second)
+                        behind = index
+                        index, parity = self._next(index, parity)
+                        self._multiply(full, index, parity, a, b, sums)
+                        scales = self._scales(factors, index, one)
                         warpgroup.wait_group(1)
-                        stages.consumer_release(state)
-                        state.advance()
-                        self._promote(total, others, more)
+                        self._release(empty, behind, thread)
+                        self._promote(total, others, more, second)
                     if steps % 2 == 0:
-                        self._multiply(stages, ahead, a, b, others)
-                        more = self._scales(where, steps - 1, ahead.index)
-                        ahead.advance()
+                        behind = index
+                        index, parity = self._next(index, parity)
+                        self._multiply(full, index, parity, a, b, others)
+                        more = self._scales(factors, index, one)
                         warpgroup.wait_group(1)
-                        stages.consumer_release(state)
-                        state.advance()
-                        self._promote(total, sums, scales)
+                        self._release(empty, behind, thread)
+                        self._promote(total, sums, scales, second)
                         warpgroup.wait_group(0)
-                        stages.consumer_release(state)
-                        state.advance()
-                        self._promote(total, others, more)
+                        self._release(empty, index, thread)
+                        self._promote(total, others, more, second)
                     else:
                         warpgroup.wait_group(0)
-                        stages.consumer_release(state)
-                        state.advance()
-                        self._promote(total, sums, scales)
-                elif cutlass.const_expr(self.staged or not self.blockwise):
-                    for step in cutlass.range(steps):
-                        self._multiply(stages, state, a, b, sums)
-                        scales = self._scales(where, step, state.index)
+                        self._release(empty, index, thread)
+                        self._promote(total, sums, scales, second)
+                    index, parity = self._next(index, parity)
+                else:
+                    for _ in cutlass.range(steps):
+                        self._multiply(full, index, parity, a, b, sums)
+                        scales = self._scales(factors, index, one)
                         warpgroup.wait_group(0)
-                        stages.consumer_release(state)
-                        state.advance()
-                        self._promote(total, sums, scales)
-                else:  # those of the next stage, whose way is longer
-                    scales = self._scales(where, Int32(0), None)
-                    for step in cutlass.range(steps):
-                        more = self._scales(where, cutlass.min(step + 1, steps - 1), None)
-                        self._multiply(stages, state, a, b, sums)
-                        warpgroup.wait_group(0)
-                        stages.consumer_release(state)
-                        state.advance()
-                        self._promote(total, sums, scales)
-                        scales = more
+                        self._release(empty, index, thread)
+                        index, parity = self._next(index, parity)
+                        self._promote(total, sums, scales, second)
 
                 for i in cutlass.range_constexpr(self.vectors):
                     self._put(vectors[i], own_vectors + 4 * i * self.columns, thread)
@@ -396,85 +405,26 @@ class ScaledMM(Loads):
         m, n = inside // width, band * WIDE + inside % width
         return m * self.cluster[0] + at[0], n * self.cluster[1] + at[1]
 
-    def _multiply(self, stages, state, a, b, accumulator) -> None:
+    def _next(self, index: Int32, parity: Int32) -> tuple[Int32, Int32]:
+        """The stage after one, and the parity of its barriers' phases."""
+        last = index == self.stages - 1
+        return cutlass.select_(last, Int32(0), index + 1), parity ^ Int32(last)
+
+    def _release(self, empty: Int32, index: Int32, thread) -> None:
+        """One warp has read a stage: all blocks that load parts of it are told."""
+        ptx.barrier_arrive_if(empty + 8 * index, thread % 32 < self.cluster[0] * self.cluster[1])
+
+    def _multiply(self, full, index, parity, a, b, accumulator) -> None:
         """One stage into ``accumulator``, which begins from zero; in flight on return."""
-        ptx.stage_wait(stages, state)
+        ptx.barrier_wait(full + 8 * index, parity)
         warpgroup.fence()
         tiled_mma = self._mma()
         tiled_mma.set(warpgroup.Field.ACCUMULATE, False)
         for k in range(STEP // 32):
-            left, right = a[(None, None, k, state.index)], b[(None, None, k, state.index)]
+            left, right = a[(None, None, k, index)], b[(None, None, k, index)]
             cute.gemm(tiled_mma, accumulator, left, right, accumulator)
             tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
-
-    def _scales(self, where, step, index):
-        """Of a stage: those of x for this thread's two rows and of w's blocks; with scales of rows, one."""
-        x_scale, w_scale, s_s, one, (m, n), row, column, own = where
-        if not self.blockwise:
-            return [one]
-        if self.staged:
-            rows = [s_s[own + 8 * i, 0, index] for i in range(2)]
-        else:
-            rows = [_raw(x_scale[cutlass.min(row + 8 * i, m - 1), step]) for i in range(2)]
-        blocks = [cutlass.min(column + i, n - 1) // 128 for i in range(0, self.columns, self.span)]
-        return rows + [_raw(w_scale[block, step]) for block in blocks]
-
-    def _promote(self, total, accumulator, scales) -> None:
-        """``total += accumulator``, scaled where scales are those of blocks.
-
-        With two accumulators the assembler keeps both in flight if what reads them is a multiply-add: by one.
-        """
-        if self.blockwise:
-            factors = [[_real(row) * _real(block) for row in scales[:2]] for block in scales[2:]]
-        for i in range(self.columns // 2):
-            term = accumulator[i]
-            if self.blockwise:
-                term = term * factors[i // 4 * 8 // self.span][i // 2 % 2]
-            elif self.overlap:
-                term = term * scales[0]
-            total[i] = total[i] + term
-
-    def _share(self, values, n, tile, thread) -> list:
-        """This thread's of a vector of N, as much of it as its warpgroup needs for a tile; nothing waits for them."""
-        return [
-            _raw(values[cutlass.min(tile * self.columns + i + thread, n - 1)]) for i in range(0, self.columns, GROUP)
-        ]
-
-    @cute.jit
-    def _put(self, share: list, to: Int32, thread):
-        """Where all of the warpgroup read them."""
-        for i in cutlass.range_constexpr(len(share)):
-            if i * GROUP + thread < self.columns:
-                ptx.store_shared(to + 4 * (i * GROUP + thread), [ptx.bits(_real(share[i]))])
-
-    def _finish(self, total, rows, vectors: Int32, thread) -> None:
-        """Scales of rows, and the bias."""
-        at = vectors + 8 * (thread % 4)
-        rows = None if self.blockwise else [_real(row) for row in rows]
-        for i in range(self.columns // 8 if self.vectors else 0):
-            pairs = [ptx.load_shared(at + 4 * v * self.columns + 32 * i, 2) for v in range(self.vectors)]
-            for j in range(4):
-                value = total[4 * i + j]
-                if not self.blockwise:
-                    value = value * rows[j // 2] * ptx.real(pairs[0][j % 2])
-                if self.bias:
-                    value = value + ptx.real(pairs[-1][j % 2])
-                total[4 * i + j] = value
-
-
-def _raw(value):
-    """What is loaded, without an instruction that waits for it."""
-    return value.to(Uint32) if value.dtype == cutlass.Uint8 else value
-
-
-def _real(value):
-    """As fp32; a byte, and what :func:`_raw` makes of it, is a UE8M0 scale."""
-    exponent = _raw(value)
-    if exponent.dtype != Uint32:
-        return value.to(Float32)
-    power = ptx.select(exponent == 0, Uint32(1 << 22), exponent << 23)
-    return ptx.real(ptx.select(exponent == 255, Uint32(0x7FC00000), power))
 
 
 def build(
@@ -486,7 +436,6 @@ def build(
     scales: tuple[torch.dtype, torch.dtype],
     bias: torch.dtype | None,
     dtype: torch.dtype,
-    staged: bool = False,
     dependent: bool = False,
     arch: str = "",
     options: str = "",
@@ -494,8 +443,8 @@ def build(
     """A compiled :class:`ScaledMM`: of x, w, their scales, the bias, the output, the number of processors and 1.0.
 
     Args:
-        rows, columns, cluster, loaded, blockwise, staged, dependent: as there.
-        scales: dtypes of those of x and w: fp32, or uint8 for UE8M0.
+        rows, columns, cluster, loaded, blockwise, dependent: as there.
+        scales: dtypes of those of x and w: fp32, or uint8 for UE8M0; of x fp32 if they are those of blocks.
         bias: its dtype, or None without one: any vector is then given in its place, and is not read.
         dtype: of the output.
         arch, options: for the compiler.
@@ -508,10 +457,10 @@ def build(
     else:
         shapes = (m,), (n,)
     return launch.compiled(
-        ScaledMM(rows, columns, cluster, loaded, blockwise, bias is not None, staged, dependent),
+        ScaledMM(rows, columns, cluster, loaded, blockwise, bias is not None, dependent),
         launch.tensor(fp8, m, k, row=16, align=16),
         launch.tensor(fp8, n, k, row=16, align=16),
-        launch.upright(scales[0], *shapes[0]) if staged else launch.strided(scales[0], *shapes[0]),
+        launch.upright(scales[0], *shapes[0]) if blockwise else launch.strided(scales[0], *shapes[0]),
         launch.strided(scales[1], *shapes[1]),
         launch.strided(bias or torch.float32, n if bias else launch.symbol()),
         launch.tensor(dtype, m, n, row=8, align=16),

@@ -21,7 +21,7 @@ class Loads:
     """The loads of one tile and stage, for a class that has these attributes.
 
     Attributes:
-        rows, columns, cluster, loaded, staged: as in :class:`scaled_mm.ScaledMM`.
+        rows, columns, cluster, loaded, blockwise: as in :class:`scaled_mm.ScaledMM`.
         stages: how many there are.
     """
 
@@ -29,7 +29,7 @@ class Loads:
     columns: int
     cluster: tuple[int, int]
     loaded: int
-    staged: bool
+    blockwise: bool
     stages: int
 
     def _operand_layout(self, dtype, extent: int):
@@ -65,13 +65,7 @@ class Loads:
     def _acquire(self, stages, state, count):
         """Wait until a stage is empty; its barrier, which then expects what is loaded."""
         stages.sync_object_empty.wait(state.index, state.phase)
-        bytes_ = self.columns * STEP + count * (BOX * STEP)
-        if self.staged:
-            rows = count * BOX
-            if self.loaded > MISSING:
-                rows = (rows + (SCALES - 1)) // SCALES * SCALES
-            bytes_ = bytes_ + 4 * rows
-        stages.sync_object_full.arrive_and_expect_tx(state.index, bytes_)
+        stages.sync_object_full.arrive_and_expect_tx(state.index, self.columns * STEP + count * (BOX * STEP))
         return stages.producer_get_barrier(state)
 
     def _whole(self, count):
@@ -87,9 +81,16 @@ class Loads:
         """Begin to load a tile of x, and its scales where they come with the stages."""
         atom, to, from_ = x_copies[0]
         cute.copy(atom, from_[(None, m, step)], to[(None, 0, stage)], tma_bar_ptr=barrier, mcast_mask=x_mask)
-        if self.staged:
+        if self.blockwise:
             atom, to, from_ = s_copies[0]
-            cute.copy(atom, from_[(None, m, step)], to[(None, 0, stage)], tma_bar_ptr=barrier)
+            landed = self._expect(s_copies[-1], stage, self.loaded)
+            cute.copy(atom, from_[(None, m, step)], to[(None, 0, stage)], tma_bar_ptr=landed)
+
+    def _expect(self, landed, stage, rows):
+        """The barrier of a stage's scales, which then expects those of so many rows."""
+        with cute.arch.elect_one():
+            ptx.barrier_expect((landed + stage).toint(), 4 * rows)
+        return landed + stage
 
     @cute.jit
     def _bring_parts(self, x_copies, s_copies, m, step, stage, count, barrier):
@@ -101,9 +102,10 @@ class Loads:
                 at = count // (2 * boxes) * 2
                 rows = m * (self.rows // BOX // boxes) + at
                 cute.copy(atom, from_[(None, rows, step)], to[(None, at, stage)], tma_bar_ptr=barrier)
-        if cutlass.const_expr(self.staged):
+        if cutlass.const_expr(self.blockwise):
             atom, to, from_ = s_copies[1]
+            landed = self._expect(s_copies[-1], stage, (count * BOX + (SCALES - 1)) // SCALES * SCALES)
             for i in cutlass.range_constexpr(max(self.loaded - MISSING, 0) // SCALES):
                 if count > i * (SCALES // BOX):
                     rows = m * (self.rows // SCALES) + i
-                    cute.copy(atom, from_[(None, rows, step)], to[(None, i, stage)], tma_bar_ptr=barrier)
+                    cute.copy(atom, from_[(None, rows, step)], to[(None, i, stage)], tma_bar_ptr=landed)
