@@ -15,7 +15,8 @@ A table stands between ``<!-- table: WORK KEY=VALUE … -->`` and ``<!-- end -->
 ``<!-- ratio: WORK KEY=VALUE … -->`` and ``<!-- end -->`` on one line hold how many times faster ours is than Inductor;
 with ``against=floor`` how much of the time of ours the floor is, in percent.
 
-Of two measurements of the same thing the newer file's counts. A table in which two measurements that differ in some
+Of two measurements of the same thing the newer file's counts; a ratio is that of one file, the newest that has both
+times. A table in which two measurements that differ in some
 other parameter compete for a cell is an error, which names that parameter. The JSON format is in CONTRIBUTING.md.
 """
 
@@ -46,21 +47,26 @@ Row = dict[str, Any]
 
 
 def load(results: Path) -> list[Row]:
-    """The newest row of everything measured; each with its file's gpu folder and, under "file", the file's head."""
+    """Every row, oldest files first; each with its file's gpu folder and, under "file", the file's head."""
     files = []
     for path in results.glob("*/*.json"):
         content = json.loads(path.read_text())
         if missing := FILE_KEYS - content.keys():
             raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
         files.append((content["date"], path.name, path.parent.name, content))
-    newest = {}
+    rows = []
     for *_, folder, content in sorted(files, key=lambda file: file[:2]):
         for number, row in enumerate(content["rows"]):
             if missing := {"work", "impl"} - row.keys():
                 raise ValueError(f"a row (number {number}) of {content['date']} lacks {', '.join(sorted(missing))}")
-            row = {**row, "gpu": folder}
-            newest[tuple(sorted((k, str(v)) for k, v in row.items() if k not in MEASURED))] = {**row, "file": content}
-    return list(newest.values())
+            rows.append({**row, "gpu": folder, "file": content})
+    return rows
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """The last row of everything measured."""
+    skipped = MEASURED | {"file"}
+    return list({tuple(sorted((k, str(v)) for k, v in row.items() if k not in skipped)): row for row in rows}.values())
 
 
 def number(value: float) -> str:
@@ -91,7 +97,7 @@ def table(spec: str, rows: list[Row]) -> str:
 
     rows = [
         row
-        for row in rows
+        for row in newest(rows)
         if row["work"] == work and side in row and all(str(row.get(k)) in v.split(",") for k, v in wanted.items())
     ]
     if len(values) == 1:
@@ -127,23 +133,21 @@ def table(spec: str, rows: list[Row]) -> str:
 
 
 def ratio(spec: str, rows: list[Row]) -> str:
-    """Inductor's time over ours, or the floor's, of the one measurement that a marker asks for."""
+    """Inductor's time over ours, or the floor's, of the one measurement that a marker asks for, in one run."""
     work, *settings = spec.split()
     wanted = dict(setting.split("=", 1) for setting in settings)
     against = wanted.pop("against", "inductor")
-    times = {}
-    for impl in (against, "ours"):
-        found = [
-            row["us"]
-            for row in rows
-            if (row["work"], row["impl"]) == (work, impl) and all(str(row.get(k)) == v for k, v in wanted.items())
-        ]
-        if len(found) > 1:
-            raise ValueError(f"ratio: {spec}: {len(found)} measurements of {impl}; fix more parameters")
-        if not found:
-            return "not measured"
-        times[impl] = found[0]
-    share = times[against] / times["ours"]
+    files: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row["work"] == work and all(str(row.get(k)) == v for k, v in wanted.items()):
+            times = files.setdefault(id(row["file"]), {})
+            if row["impl"] in times:
+                raise ValueError(f"ratio: {spec}: two measurements of {row['impl']}; fix more parameters")
+            times[row["impl"]] = row["us"]
+    both = [times for times in files.values() if {against, "ours"} <= times.keys()]
+    if not both:
+        return "not measured"
+    share = both[-1][against] / both[-1]["ours"]
     return f"{100 * share:.0f} %" if against == "floor" else f"{share:.1f}×"
 
 
@@ -176,7 +180,7 @@ def plot(rows: list[Row], results: Path) -> list[Path]:
     from matplotlib import pyplot
 
     written = []
-    timed = [row for row in rows if _tokens(row) and "us" in row and row.get("timer") != "wall"]
+    timed = [row for row in newest(rows) if _tokens(row) and "us" in row and row.get("timer") != "wall"]
     for gpu, work in sorted({(row["gpu"], row["work"]) for row in timed}):
         panels: dict[str, dict[str, dict[int, float]]] = {}
         for row in timed:

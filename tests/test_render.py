@@ -126,7 +126,15 @@ def test_ratio(results):
     assert render.render(text, rows) == (
         "| hc_pre | <!-- ratio: hc_pre T=1 -->2.5×<!-- end -->, <!-- ratio: hc_pre T=2 -->not measured<!-- end --> |"
     )
-    write("2026-11-02", [row("floor", 3.0)])
-    assert render.ratio("hc_pre T=1 against=floor", render.load(folder)) == "75 %"
-    with pytest.raises(ValueError, match="2 measurements of ours; fix more parameters"):
+    with pytest.raises(ValueError, match="two measurements of ours; fix more parameters"):
         render.ratio("hc_pre timer=graph", rows)
+
+
+def test_a_ratio_is_of_one_run(results):
+    folder, write = results
+    write("2026-11-01", [row("ours", 4.0), row("inductor", 10.0), row("floor", 1.0)])
+    write("2026-11-02", [row("ours", 2.0), row("floor", 1.5)])
+    rows = render.load(folder)
+    assert render.ratio("hc_pre T=1", rows) == "2.5×"
+    assert render.ratio("hc_pre T=1 against=floor", rows) == "75 %"
+    assert render.ratio("hc_pre T=1 against=peer", rows) == "not measured"

@@ -13,7 +13,8 @@ scaling     x_scale        w_scale
 ==========  =============  ===========================
 
 The quantiser's block scales of an activation lie with those of a group next to each other (:func:`block_scales`): a
-tile of tokens needs one group of them at a time. Products take any strides.
+tile of tokens needs one group of them at a time. Products take any strides; CuTe DSL's product of blocks first copies
+scales of the activation that lie otherwise, or are not fp32.
 
 ``tensor`` and ``token`` mix. Scales are fp32, or float8_e8m0fnu, which holds powers of two.
 

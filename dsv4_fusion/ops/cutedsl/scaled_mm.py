@@ -198,7 +198,7 @@ class ScaledMM(Loads, Scales):
         stages = pipeline.PipelineTmaAsync.create(
             barrier_storage=storage.barriers.data_ptr(),
             num_stages=self.stages,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1 + self.blockwise),
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1 + 32 * self.blockwise),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumers),
             tx_count=0,  # it depends on the tile
             cta_layout_vmnk=cute.make_layout((1, *self.cluster, 1)),

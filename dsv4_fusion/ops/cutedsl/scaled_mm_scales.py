@@ -69,9 +69,7 @@ class Scales:
                     for block in cutlass.range_constexpr(self.blocks):
                         place = factors + 4 * (self.rows * (self.blocks * index + block) + row)
                         ptx.store_shared(place, [ptx.bits(x * own[block]) for x in scales])
-                    cute.arch.sync_warp()
-                    if lane == 0:
-                        ptx.barrier_arrive(full + 8 * index)
+                    ptx.barrier_arrive(full + 8 * index)
                     over = index >= self.stages - self.turns
                     index = index + cutlass.select_(over, Int32(self.turns - self.stages), Int32(self.turns))
                     parity = parity ^ Int32(over)
