@@ -18,10 +18,26 @@ import torch
 from dsv4_fusion.ops._library import compiling
 
 RESULTS = Path(__file__).resolve().parent / "results"
+OF_MKL = (
+    *(torch.acos, torch.asin, torch.atan, torch.cos, torch.erf, torch.erfc, torch.erfinv, torch.exp, torch.expm1),
+    *(torch.log, torch.log10, torch.log1p, torch.log2, torch.sin, torch.sqrt, torch.tan, torch.tanh),
+)
 PACKAGES = (
     *("torch", "triton", "tilelang", "nvidia-cutlass-dsl", "apache-tvm-ffi", "transformers"),
     *("tile-kernels", "liger-kernel"),
 )
+
+
+def resolve_math() -> None:
+    """Call PyTorch's functions of MKL once, on a CPU, with one number.
+
+    MKL chooses its code in a function's first call; if threads make that together, one of them may run code with errors
+    of 1e-4 (pytorch/pytorch#188792). So numbers that are compared, of any process, come after this.
+    """
+    for dtype in (torch.float32, torch.float64):
+        one = torch.full((1,), 0.5, dtype=dtype)
+        for function in OF_MKL:
+            function(one)
 
 
 def settle() -> None:

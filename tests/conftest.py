@@ -6,9 +6,12 @@ import logging
 import pytest
 import torch
 
+from benchmarks import _harness
+
 # pytest puts its handlers on loggers that don't propagate, and a handler on this one turns Dynamo's structured trace
 # on: thousands of records a compilation, printed under every failure.
 logging.getLogger("torch.__trace").propagate = True
+_harness.resolve_math()
 gc.set_threshold(50_000, 20, 100)  # graphs are millions of objects that live: a fifth of the time went into looking
 
 

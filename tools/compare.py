@@ -164,6 +164,7 @@ def work(arguments: argparse.Namespace) -> None:
     from benchmarks import _harness
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    _harness.resolve_math()
     with torch.no_grad():
         for operator, case, run in cases(device, arguments.small):
             if arguments.operators and operator not in arguments.operators:
