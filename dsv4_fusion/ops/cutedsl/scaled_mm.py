@@ -40,8 +40,8 @@ class ScaledMM(Loads, Scales):
         loaded: rows of x that are loaded at most, where M has no more: 8, 16, 32 or all. The others of a tile are left
             as they are in shared memory, and what comes of them is not stored.
         blockwise: scales of 1×128 blocks of x and 128×128 blocks of w; otherwise of rows of x and of w. Those of x are
-            fp32, and those of a block of k contiguous, at multiples of 16 bytes: they come with the stages, and a warp
-            of their own multiplies them with w's.
+            fp32, and those of a block of k contiguous, at multiples of 16 bytes: they come with the stages, and warps
+            of their own multiply them with w's.
         bias: whether there is one.
         dependent: w may be loaded before the kernel ahead, which makes x and x_scale, has ended. Without it nothing is,
             but the block is ready by then.
