@@ -16,8 +16,8 @@ A table stands between ``<!-- table: WORK KEY=VALUE … -->`` and ``<!-- end -->
 with ``against=floor`` how much of the time of ours the floor is, in percent.
 
 Of two measurements of the same thing the newer file's counts; a ratio is that of one file, the newest that has both
-times. A table in which two measurements that differ in some
-other parameter compete for a cell is an error, which names that parameter. The JSON format is in CONTRIBUTING.md.
+times. A table in which two measurements that differ in some other parameter compete for a cell is an error, which names
+that parameter. The JSON format is in CONTRIBUTING.md.
 """
 
 from __future__ import annotations

@@ -29,10 +29,11 @@ class Tile(NamedTuple):
 
 FEW = (8, 16, 32)  # tokens: with no more, no more rows are loaded
 PAIRS = 4, 32  # rows of 64 tokens: up to the first, and beyond the second, blocks share loads
-# ns of a stage by rows and columns of a tile, with scales of rows and of blocks; measured on an H200 in one round of
-# all processors. Some are set. With scales of rows 64 × 16 took 116, but is to be chosen before 64 × 32 where it lets
-# twice as many processors load the weight; 128 × 128 took 349, but in many rounds 0.7 of what 128 × 192 take. With
-# those of blocks 128 × 96 took 0.9 of what 128 × 128 take, but more in many rounds; 128 × 192 were never the best.
+# ns of a stage by rows and columns of a tile, with scales of rows and of blocks. Those of rows were measured on an H200
+# in one round of all processors, but for two: 64 × 16 took 116, but is to be chosen before 64 × 32 where it lets twice
+# as many processors load the weight; 128 × 128 took 349, but in many rounds 0.7 of what 128 × 192 take. Those of blocks
+# are set, to choose what was quickest with 1,536, 4,096 and 32,768 outputs: 128 × 96 where all fit into one round but
+# not into many, 64 × 128 before 128 × 64, and never 128 × 192.
 STAGE = {
     (64, 16): (105, 105), (64, 32): (108, 108), (64, 64): (146, 150), (64, 128): (267, 258),
     (128, 64): (232, 280), (128, 96): (285, 330), (128, 128): (360, 350), (128, 192): (518, None),

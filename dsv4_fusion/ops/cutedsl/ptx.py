@@ -320,8 +320,9 @@ def in_block(address: Int32, rank: Int32) -> Int32:
 
 
 def barrier_arrive_if(address: Int32, condition) -> None:
-    """At an address of :func:`in_block`, of who has read shared memory: what it has written is not seen there. For that
-    the scope would have to be the cluster, whose release is a fence that takes most of a microsecond.
+    """At an address of :func:`in_block`, of who has read shared memory: what it has written is not seen there.
+
+    For that the scope would have to be the cluster, whose release is a fence in every thread that arrives.
     """
     inline_ptx(
         "{ .reg .pred here; setp.ne.b32 here, {$r1}, 0; @here mbarrier.arrive.shared::cluster.b64 _, [{$r0}]; }",

@@ -88,8 +88,9 @@ class Scales:
         return found
 
     def _promote(self, total, accumulator, scales, second) -> None:
-        """``total += accumulator``, scaled where scales are those of blocks; ``second``: columns that are of another.
+        """``total += accumulator``, scaled where scales are those of blocks.
 
+        ``second`` has for every span of columns whether it is of the tile's second block of w.
         With two accumulators the assembler keeps both in flight if what reads them is a multiply-add: by one.
         """
         factors = [scales] * (self.columns // self.span)
@@ -143,7 +144,7 @@ def _scale_of(word: Uint32, scale) -> Float32:
 
 
 def real(value):
-    """As fp32; a byte, and what :func:`_raw` makes of it, is a UE8M0 scale."""
+    """As fp32; a byte, and what :func:`raw` makes of it, is a UE8M0 scale."""
     exponent = raw(value)
     if exponent.dtype != Uint32:
         return value.to(Float32)
